@@ -1,0 +1,1 @@
+"""Breaks real runs on purpose and checks that recovery was right."""

@@ -1,0 +1,1 @@
+"""Fault-tolerant training state for PyTorch. Attributes are imported on first use."""

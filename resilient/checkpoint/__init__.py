@@ -1,0 +1,1 @@
+"""Checkpoints: state -> plan -> snapshot -> chunks -> objects -> index -> manifest -> log, and back."""

@@ -1,0 +1,1 @@
+"""Seeing trouble: progress of the loop in shared memory."""

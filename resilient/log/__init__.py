@@ -1,0 +1,1 @@
+"""The run's log: one truth, written by put-if-absent only."""

@@ -1,0 +1,1 @@
+"""What runs once per node beside the training ranks: the keeper, its memory and its wire."""

@@ -1,0 +1,1 @@
+"""A small, complete training runtime on torch.distributed."""

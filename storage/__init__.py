@@ -1,0 +1,1 @@
+"""Durable bytes under keys: local disk, object storage, memory. Knows nothing of tensors."""
