@@ -7,7 +7,7 @@ from storage.errors import ResilientError
 __all__ = ["ResilientError"]
 
 
-# ---- state and planning -------------------------------------------------------------------------------------------
+# ---- state and planning
 class StateInvalid(ResilientError):
     """`state` holds something that cannot be saved or restored; the message names its path."""
 
@@ -32,7 +32,7 @@ class RanksDisagree(ResilientError):
     """Ranks called a collective operation with different arguments (another step, another state)."""
 
 
-# ---- format and reading -------------------------------------------------------------------------------------------
+# ---- format and reading
 class CheckpointDamaged(ResilientError):
     """Stored bytes are missing, cut or changed. The message names the object."""
 
@@ -49,7 +49,7 @@ class NoCheckpoint(ResilientError):
     """There is no committed step (or not the one asked for)."""
 
 
-# ---- the log ------------------------------------------------------------------------------------------------------
+# ---- the log
 class LogDamaged(ResilientError):
     """An entry of the run's log cannot be read."""
 
@@ -66,7 +66,7 @@ class EntryTooLarge(ResilientError):
     """A log entry would exceed its 4 KB."""
 
 
-# ---- saving -------------------------------------------------------------------------------------------------------
+# ---- saving
 class SaveFailed(ResilientError):
     """A save did not become a commit; nothing of it is visible."""
 
@@ -95,7 +95,7 @@ class TimedOut(ResilientError):
     """A wait passed its deadline."""
 
 
-# ---- the loop -----------------------------------------------------------------------------------------------------
+# ---- the loop
 class SamplerStale(ResilientError):
     """An iterator made before the restore was used after it."""
 
@@ -112,6 +112,4 @@ class Preempted(SystemExit):
         self.step = step
 
     def __str__(self) -> str:
-        return (
-            f"stopped on request after {self.step} completed steps, saved. Next: start the same command again"
-        )
+        return f"stopped on request after {self.step} completed steps, saved. Next: start the same command again"

@@ -47,9 +47,7 @@ def parse(text: str) -> dict[str, _Armed]:
         name, _, action = item.partition("=")
         action, _, at = action.partition("@")
         if not name or action not in ACTIONS or (at and not at.isdigit()):
-            raise FailpointSyntax(
-                f"{item!r} is not NAME=ACTION[@N]", next=f"ACTION is one of {', '.join(ACTIONS)}"
-            )
+            raise FailpointSyntax(f"{item!r} is not NAME=ACTION[@N]", next=f"ACTION is one of {', '.join(ACTIONS)}")
         armed[name] = _Armed(action=action, at=int(at) if at else None)
     return armed
 

@@ -36,9 +36,7 @@ class ObjectInfo:
 def check_key(key: str) -> str:
     """`key` itself. Raises KeyInvalid if it could leave the root, be absolute, hidden or empty."""
     if len(key) > MAX_KEY_CHARS or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
-        raise KeyInvalid(
-            f"{key[:120]!r} is not a valid key", next="use segments of letters, digits, '.', '_', '-'"
-        )
+        raise KeyInvalid(f"{key[:120]!r} is not a valid key", next="use segments of letters, digits, '.', '_', '-'")
     return key
 
 
@@ -118,5 +116,5 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (nothing to give back is a valid answer)
         """Give back connections. The store must not be used afterwards."""

@@ -66,9 +66,7 @@ class ValueInfo:
 
     name: str
     digest: str  # hex xxh3_128 of the encoded value
-    rank: int | None = (
-        None  # None: must be equal on every rank that has it; else this rank's own (RNG, PerRank)
-    )
+    rank: int | None = None  # None: must be equal on every rank that has it; else this rank's own (RNG, PerRank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
