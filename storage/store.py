@@ -96,7 +96,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def put(self, key: str, data: Data) -> None:
-        """Write the object, replacing what was there: readers see the old or the new bytes, whole. Durable on return."""
+        """Write the object, replacing what was there: readers see the old bytes or the new. Durable on return."""
 
     @abc.abstractmethod
     def put_if_absent(self, key: str, data: Data) -> None:
