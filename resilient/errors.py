@@ -32,6 +32,10 @@ class RanksDisagree(ResilientError):
     """Ranks called a collective operation with different arguments (another step, another state)."""
 
 
+class PeerLost(ResilientError):
+    """Another rank died, hangs, or does not take part in a collective operation."""
+
+
 # ---- format and reading
 class CheckpointDamaged(ResilientError):
     """Stored bytes are missing, cut or changed. The message names the object."""
