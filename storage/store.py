@@ -1,7 +1,8 @@
 """The contract of a store: keys, bytes, and what each operation promises.
 
 Terms. A *key* is a relative path of segments `[A-Za-z0-9_-][A-Za-z0-9._-]*` joined by `/`. An *object* is the bytes
-under a key; it is whole or not there, never half. *Durable* means: it survives the death of this process and, where
+under a key; it is whole or not there, never half. No key may be the path above another (`a` and `a/b`): stores that
+are file systems refuse it with KeyInvalid. *Durable* means: it survives the death of this process and, where
 the medium can promise it (local disk), a loss of power.
 
 The one thing that shared writing rests on is `put_if_absent`. No listing, rename, modification time or
@@ -23,6 +24,8 @@ Data = Buffer | Sequence[Buffer]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 MAX_KEY_CHARS = 512
+MAX_SEGMENT_CHARS = 200  # file systems take 255 bytes
+_COMPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,14 @@ class ObjectInfo:
     size: int  # bytes
 
 
+def is_segment(text: str) -> bool:
+    """Whether `text` can be one segment of a key."""
+    return len(text) <= MAX_SEGMENT_CHARS and _SEGMENT.fullmatch(text) is not None
+
+
 def check_key(key: str) -> str:
     """`key` itself. Raises KeyInvalid if it could leave the root, be absolute, hidden or empty."""
-    if len(key) > MAX_KEY_CHARS or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+    if len(key) > MAX_KEY_CHARS or not all(is_segment(part) for part in key.split("/")):
         raise KeyInvalid(f"{key[:120]!r} is not a valid key", next="use segments of letters, digits, '.', '_', '-'")
     return key
 
@@ -50,18 +58,21 @@ def check_prefix(prefix: str) -> str:
 def pieces(data: Data) -> list[memoryview]:
     """`data` as flat byte views, empty ones left out."""
     parts = [data] if isinstance(data, (bytes, bytearray, memoryview)) else data
-    views = [memoryview(part).cast("B") for part in parts]
-    return [view for view in views if view.nbytes]
+    views = [memoryview(part) for part in parts]
+    return [view.cast("B") for view in views if view.nbytes]  # an empty view may have a shape that cannot be cast
 
 
 def same_bytes(existing: bytes, data: Data) -> bool:
     """Whether `existing` is exactly `data`, compared piece by piece."""
-    at = 0
+    held, at = memoryview(existing), 0
     for part in pieces(data):
-        if existing[at : at + part.nbytes] != part:
-            return False
+        # Blocks as bytes: they compare by memcmp, two views item by item.
+        for begin in range(0, part.nbytes, _COMPARE_BYTES):
+            block = bytes(part[begin : begin + _COMPARE_BYTES])
+            if bytes(held[at + begin : at + begin + len(block)]) != block:
+                return False
         at += part.nbytes
-    return at == len(existing)
+    return at == held.nbytes
 
 
 class Store(abc.ABC):
@@ -115,6 +126,13 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""
+
+    def sweep_temporary(self, *, older_than_s: float) -> int:  # noqa: ARG002  (most stores have none)
+        """Remove what writers that died left behind; returns how many. Never touches an object or a living writer.
+
+        `older_than_s` is the age from which what a writer on another machine left counts as left behind.
+        """
+        return 0
 
     def close(self) -> None:  # noqa: B027  (nothing to give back is a valid answer)
         """Give back connections. The store must not be used afterwards."""
