@@ -20,7 +20,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.shape):
             raise ShardInvalid(f"a box has one start and one length per dim, not {self.start} and {self.shape}")
-        if any(n < 0 for n in self.start) or any(n < 0 for n in self.shape):
+        if min(self.start, default=0) < 0 or min(self.shape, default=0) < 0:
             raise ShardInvalid(f"a box has no negative start or length: {self.start}, {self.shape}")
 
     def __str__(self) -> str:
