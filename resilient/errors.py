@@ -62,6 +62,18 @@ class Fenced(ResilientError):
     """Someone else leads this run now: this writer must not write any more."""
 
 
+class EpochUncertain(Fenced):
+    """A damaged entry may hide a newer epoch: claim a new one (`RunLog.lead`) before writing again."""
+
+
+class OffLine(ResilientError):
+    """A state that the run no longer descends from: a later generation went on from an earlier step."""
+
+
+class EntryInvalid(ResilientError):
+    """A log entry that must not be written: a field out of its range, or a reference to something dropped."""
+
+
 class StepExists(ResilientError):
     """This step is committed already."""
 
