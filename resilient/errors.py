@@ -120,6 +120,10 @@ class LoopMisused(ResilientError):
     """The run's methods were called in an order that cannot be right."""
 
 
+class SettingInvalid(ResilientError):
+    """A setting (Every, Keep, ...) that cannot be right; the message shows it."""
+
+
 class Preempted(SystemExit):
     """Raised by `steps` after a stop was agreed on and saved; exit code 75 (EX_TEMPFAIL), so a scheduler requeues."""
 
