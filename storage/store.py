@@ -41,9 +41,14 @@ def is_segment(text: str) -> bool:
     return len(text) <= MAX_SEGMENT_CHARS and _SEGMENT.fullmatch(text) is not None
 
 
+def is_key(text: str) -> bool:
+    """Whether `text` is a valid key."""
+    return len(text) <= MAX_KEY_CHARS and all(is_segment(part) for part in text.split("/"))
+
+
 def check_key(key: str) -> str:
     """`key` itself. Raises KeyInvalid if it could leave the root, be absolute, hidden or empty."""
-    if len(key) > MAX_KEY_CHARS or not all(is_segment(part) for part in key.split("/")):
+    if not is_key(key):
         raise KeyInvalid(f"{key[:120]!r} is not a valid key", next="use segments of letters, digits, '.', '_', '-'")
     return key
 

@@ -1,0 +1,14 @@
+"""Runs moto's S3 server on a free port of the loopback until its standard input ends."""
+
+from __future__ import annotations
+
+import sys
+
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+host, port = server.get_host_and_port()
+print(f"http://{host}:{port}", flush=True)
+sys.stdin.read()  # ends when the tests' process does, however that ends
+server.stop()
