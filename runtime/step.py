@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from resilient.world import MicroBatch
+from resilient.world_view import MicroBatch
 from runtime.mesh import Mesh
 from runtime.parallel.precision import casting
 from runtime.parallel.sync import accumulating
