@@ -10,14 +10,16 @@ import datetime as dt
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from resilient.errors import PeerLost
+from storage.errors import ResilientError
 
 NODE_VARIABLE = "RESILIENT_NODE"
 """Overrides how a rank names its node: ranks with different values are on different nodes."""
@@ -67,6 +69,31 @@ class Ranks:
     def broadcast(self, data: bytes) -> bytes:
         """What rank 0 gave. Collective. Raises PeerLost."""
         return self.exchange(data if self.rank == 0 else b"")[0]
+
+    def together(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act` returned on each rank (a JSON value); if it failed anywhere, the lowest such rank's error on all.
+
+        Collective. Nobody goes on alone after another's failure, and nobody waits for one that gave up.
+        Raises the ResilientError of that rank, PeerLost.
+        """
+        mine: dict[str, Any] = {}
+        own: ResilientError | None = None
+        try:
+            mine["answer"] = act()
+        except ResilientError as error:
+            own = error
+            mine["failed"] = error.to_wire()
+        replies = [json.loads(reply) for reply in self.exchange(json.dumps(mine).encode())]
+        for rank, reply in enumerate(replies):
+            if "failed" in reply:
+                if rank == self.rank and own is not None:
+                    raise own
+                raise ResilientError.from_wire(reply["failed"])
+        return [reply["answer"] for reply in replies]
+
+    def on_rank_0(self, act: Callable[[], Any]) -> Any:
+        """What `act` returned on rank 0 (a JSON value), on every rank; its error likewise. Collective."""
+        return self.together(lambda: act() if self.rank == 0 else None)[0]
 
     def agree(self, values: Sequence[int]) -> tuple[list[int], list[int]]:
         """Smallest and largest of each value over the ranks, in one small reduction. Collective. Raises PeerLost.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from resilient.world import World, world
+from resilient.world_view import World, world
 from runtime.errors import ConfigInvalid
 from runtime.layout import Layout
 

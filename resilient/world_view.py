@@ -51,9 +51,7 @@ class World:
         largest = -(-global_batch // self.size)
         passes = -(-largest // micro_batch)
         starts = [min(index * micro_batch, count) for index in range(passes + 1)]
-        return tuple(
-            MicroBatch(first=first + start, count=stop - start) for start, stop in itertools.pairwise(starts)
-        )
+        return tuple(MicroBatch(first=first + start, count=stop - start) for start, stop in itertools.pairwise(starts))
 
 
 def world() -> World:
