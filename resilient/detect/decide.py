@@ -5,7 +5,7 @@ published that it stands there. The coordinator proposes a boundary ahead of eve
 that none of its ranks can have gone past it, and only then it is confirmed everywhere; else it is revoked and a
 boundary further on is tried. A rank that reaches a tentative boundary waits for the outcome.
 
-Why it is safe: the page is written before the ranks' positions are read, and a rank publishes its position before it
+Why it is safe. The page is written before the ranks' positions are read, and a rank publishes its position before it
 reads the page. So a rank that did not see the proposal is seen to be past it, and one that was not seen to be past it
 will see the proposal. A rank that gives up waiting abandons it under the page's lock, so one node has one outcome.
 """
@@ -19,6 +19,8 @@ from typing import Literal
 from resilient.errors import LoopMisused
 
 Kind = Literal["save", "stop"]
+Answer = Literal["ok", "past", "unready", "busy"]
+ANSWERS: tuple[Answer, ...] = ("ok", "past", "unready", "busy")
 KINDS: tuple[Kind, ...] = ("save", "stop")
 ABANDONED, TENTATIVE, CONFIRMED, REVOKED = 0, 1, 2, 3
 """States. Revoked: by the coordinator, so on every node. Abandoned: by a rank that waited in vain, on its node only."""
@@ -62,9 +64,13 @@ def become(word: int, state: int) -> int:
     return word & ~3 | state
 
 
-def look(word: int, boundary: int, done: int) -> Literal["pass", "hold", "act"]:
-    """What a rank does that stands at `boundary` and reads `word`; `done` is the last word it acted on."""
-    if not word or word == done or step_of(word) > boundary:
+def look(word: int, before: int, boundary: int, done: int) -> Literal["pass", "hold", "act"]:
+    """What a rank does that comes from boundary `before` (-1 at first) to `boundary` and reads `word`.
+
+    `done` is the last word it acted on. A decision concerns the first boundary at or after its step, and no later
+    one: ranks that held at different boundaries would act at different ones.
+    """
+    if not word or word == done or not before < step_of(word) <= boundary:
         return "pass"
     state = state_of(word)
     return "hold" if state == TENTATIVE else "act" if state == CONFIRMED else "pass"
@@ -83,7 +89,7 @@ class Position:
 class Vote:
     """What one node says to a proposal."""
 
-    answer: Literal["ok", "past", "unready", "busy"]
+    answer: Answer
     furthest: int = 0  # boundary
 
 

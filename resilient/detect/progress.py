@@ -176,6 +176,7 @@ class ProgressPage(Page):
         self._base = self._at(slot)
         self._count = 0
         self._step = 0
+        self._before = -1  # the boundary before this one
         self._phase = 0
         self._stack: list[int] = []
         self._names = list(PHASES)
@@ -209,18 +210,19 @@ class ProgressPage(Page):
         words = self._words
         words[self._base + _BOUNDARY] = step + 1  # before the decisions are read: see decide.py
         save, stop = words[_DECISION], words[_DECISION + 1]
+        before, self._before = self._before, step
         if save == self._seen[0] and stop == self._seen[1]:
             return None
-        acts = [kind for kind in decide.KINDS if self._settle(kind, step)]
+        acts = [kind for kind in decide.KINDS if self._settle(kind, before, step)]
         return "stop" if "stop" in acts else "save" if acts else None
 
-    def _settle(self, kind: decide.Kind, step: int) -> bool:
+    def _settle(self, kind: decide.Kind, before: int, step: int) -> bool:
         index = decide.KINDS.index(kind)
         word = self._words[_DECISION + index]
-        verdict = decide.look(word, step, self._seen[index])
+        verdict = decide.look(word, before, step, self._seen[index])
         if verdict == "hold":
             word = self._hold(kind, word)
-            verdict = decide.look(word, step, self._seen[index])
+            verdict = decide.look(word, before, step, self._seen[index])
         if verdict == "act":
             self._words[self._base + _DONE + index] = word
         elif decide.state_of(word) == decide.ABANDONED and word and word != self._seen[index] and not self._alone:

@@ -43,14 +43,21 @@ def connect(config: KeeperConfig, exchange: Exchange) -> KeeperClient:
                 leads = config.node == leader_node
                 token = new_secret()
                 started = start_keeper(config, token=token, secret=str(first[0]["secret"]), leads=leads)
-                answer = {"node": config.node, "address": started.address, "port": started.port, "token": token}
+                answer = {
+                    "node": config.node,
+                    "address": started.address,
+                    "host": config.bind_host,
+                    "port": started.port,
+                    "token": token,
+                }
         except ResilientError as error:
             answer = {"failed": error.to_wire()}
         places = {place["node"]: place for place in ranks.tell(answer) if place}
         answer = {}
         try:
             if started is not None:
-                started.control.send({"t": "join", "port": places[leader_node]["port"]})
+                leader = places[leader_node]
+                started.control.send({"t": "join", "host": leader["host"], "port": leader["port"]})
                 expect(started.control, "joined", config.start_timeout_s)
                 started.control.close()
             client = _attach(config, places[config.node], started)

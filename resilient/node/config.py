@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from resilient.errors import LoopMisused, WireError
-from storage.url import redact
+from storage.url import redact, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,6 @@ class KeeperConfig:
     linger_s              how long sealed saves may take after the last worker of the node has gone
     silence_s             a keeper that shows no sign of life for so long is ended by its workers
     start_timeout_s       for a keeper to start and for all its workers to connect
-    tier                  "disk" or "object", as the commit entry says it
     """
 
     url: str
@@ -46,7 +45,6 @@ class KeeperConfig:
     linger_s: float = 60.0
     silence_s: float = 30.0
     start_timeout_s: float = 60.0
-    tier: str = "disk"
     torch_version: str = ""
 
     def __post_init__(self) -> None:
@@ -65,13 +63,24 @@ class KeeperConfig:
         return f"n{self.node:05d}"
 
     @property
+    def tier(self) -> str:
+        """Where commits go, in the log's words: "disk" or "object"."""
+        return "disk" if split(self.url)[0] == "file" else "object"
+
+    @property
     def where(self) -> str:
         """The store, fit for messages."""
         return redact(self.url)
 
 
 def encode_config(config: KeeperConfig) -> dict[str, Any]:
-    """As a JSON value. Raises LoopMisused where storage_options cannot be one."""
+    """As a JSON value. Raises LoopMisused where storage_options cannot be one, or the store is of one process."""
+    if split(config.url)[0] == "memory":
+        raise LoopMisused(
+            "a memory:// store is seen by one process only, the keeper is another",
+            where=config.where,
+            next="use a path (a tmpfs such as /dev/shm/run serves for tests)",
+        )
     value = asdict(config)  # a Keep becomes a dict too
     try:
         json.dumps(value, allow_nan=False)

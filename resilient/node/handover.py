@@ -239,7 +239,7 @@ class KeeperClient:
         save = SaveId(message.number("step"), message.text("nonce"))
         with self._lock:
             pending = self._pending.get(save)
-            if kind in ("freed", "done", "failed"):
+            if kind == "freed":
                 self._reading.pop(save, None)
             if kind in ("done", "failed"):
                 self._pending.pop(save, None)
