@@ -46,7 +46,7 @@ def parse(text: str) -> dict[str, _Armed]:
     for item in filter(None, (part.strip() for part in text.split(";"))):
         name, _, action = item.partition("=")
         action, _, at = action.partition("@")
-        if not name or action not in ACTIONS or (at and not at.isdigit()):
+        if not name or action not in ACTIONS or ("@" in item and not (at.isdigit() and int(at))):
             raise FailpointSyntax(f"{item!r} is not NAME=ACTION[@N]", next=f"ACTION is one of {', '.join(ACTIONS)}")
         armed[name] = _Armed(action=action, at=int(at) if at else None)
     return armed
@@ -79,7 +79,8 @@ def _pass(name: str) -> None:
     if armed.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif armed.action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this very thread: sent to the process, another thread may take it while this one runs on.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     elif armed.action == "exit":
         os._exit(41)
     else:

@@ -44,8 +44,9 @@ class S3Store(Store):
     """Objects under a bucket and prefix.
 
     Conditional puts are single PutObject requests with If-None-Match: conditional multi-part uploads have had several
-    winners on servers tried. Nothing is cached. The client's own retries are off, RetryingStore does them, so that
-    one request has one outcome. Deadline of a call: 30 s and a second per MB.
+    winners on servers tried. Nothing is cached. The client's own retries are off, RetryingStore does them; but the
+    HTTP library repeats a request once when a connection is cut without a reply. So a conflict is always read back:
+    the bytes that are there may be ours. Deadline of a call: 30 s and a second per MB.
 
     Every process opens its own connections; a forked child does so by itself at its first call.
     """
@@ -278,9 +279,10 @@ def _open_system(options: Mapping[str, object]) -> Any:
     config.update(given if isinstance(given, dict) else {})
     try:
         system = s3fs.S3FileSystem(**own, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
+        system.retries = 1
+        system.connect(timeout=_BASE_DEADLINE_S)  # builds the client, sends nothing
     except (TypeError, ValueError, KeyError) as error:
         raise StoreFailed(
             f"storage_options are not s3fs's ({type(error).__name__})", next="see s3fs's reference"
         ) from None
-    system.retries = 1
     return system
