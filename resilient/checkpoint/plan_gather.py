@@ -26,7 +26,7 @@ class Layout:
     boxes: tuple[Box, ...]  # none for tensors without elements
     sets: Ints  # per box: index into Holdings.sets
     elements: Ints  # per box
-    lowest: int  # lowest rank that holds anything of it
+    lowest: tuple[int, Box]  # lowest rank that describes it, and a box of that rank: who speaks for an empty tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def _layout(info: TensorInfo, held: Sequence[Box], box: Ints, rank: Ints, sets: 
         boxes=tuple(parts),
         sets=np.asarray(numbers, np.int64),
         elements=np.asarray([part.size for part in parts], np.int64),
-        lowest=int(rank.min()),
+        lowest=(int(rank.min()), held[int(rank.argmin())]),
     )
 
 

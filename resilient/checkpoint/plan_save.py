@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from resilient.checkpoint.geometry import Box, c_range, whole
+from resilient.checkpoint.geometry import Box, c_range
 from resilient.checkpoint.items import RankState, Shard, TensorInfo
 from resilient.checkpoint.plan_assign import Assignment, assign
 from resilient.checkpoint.plan_gather import Holdings, gather
@@ -35,8 +35,8 @@ def plan_save(ranks: Sequence[RankState]) -> SavePlan:
     """Decide who writes what, from the descriptions of all ranks; the same on whichever rank it is computed.
 
     Boxes that several ranks hold are written once, and shared out so that the bytes are level within 5%: mostly whole
-    boxes, at most one cut per holder in each set of equal holders. A tensor without elements is an empty shard of
-    its lowest holder, so that it is known to exist. A value that all ranks share comes from the lowest rank.
+    boxes, at most one cut per holder in each set of equal holders. A tensor without elements is the empty shard
+    of its lowest holder, so that it is known to exist. A value that all ranks share comes from the lowest rank.
 
     Raises RanksDisagree unless the ranks are 0..n-1; ShardsDisagree when they describe a tensor differently or leave
     elements without a holder.
@@ -159,7 +159,8 @@ class _Shards(Sequence[tuple[Shard, ...]]):
         for info, index in zip(holdings.tensors, holdings.layout_of, strict=True):
             layout = holdings.layouts[index]
             if not layout.boxes:
-                self._extra.setdefault(layout.lowest, []).append(Shard(tensor=info, box=whole(info.shape)))
+                rank, box = layout.lowest
+                self._extra.setdefault(rank, []).append(Shard(tensor=info, box=box))
 
     def __len__(self) -> int:
         return len(self._edges) - 1

@@ -1,0 +1,251 @@
+"""The save plan: every element written once, by one who holds it, level; disagreements refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resilient.checkpoint.geometry import Box, missing, whole
+from resilient.checkpoint.items import RankState, Shard, TensorInfo, ValueInfo
+from resilient.checkpoint.plan_assign import MIN_CUT_BYTES, assign, level
+from resilient.checkpoint.plan_save import check_values, fingerprint, plan_save
+from resilient.errors import RanksDisagree, ShardsDisagree, ValuesDiffer
+from tests.resilient.checkpoint.layouts import box_on_mesh, infos, laid_out
+
+
+def times_written(plan, info):
+    times = np.zeros(info.shape, int)
+    for shards in plan.shards:
+        for shard in shards:
+            if shard.tensor == info:
+                times[shard.box.slices()] += 1
+    return times
+
+
+def state(rank, *shards, values=()):
+    return RankState(rank=rank, node=0, shards=shards, values=values)
+
+
+def part(name, shape, start, lengths, dtype="float32"):
+    return Shard(tensor=TensorInfo(name=name, dtype=dtype, shape=shape), box=Box(start, lengths))
+
+
+@given(infos().flatmap(lambda tensors: st.tuples(st.just(tensors), laid_out(tensors))))
+def test_every_element_is_written_once_by_a_rank_that_holds_it(case):
+    tensors, ranks = case
+    plan = plan_save(ranks)
+    for info in tensors:
+        assert (times_written(plan, info) == 1).all()
+        assert any(shard.tensor == info for shards in plan.shards for shard in shards), "unknown to the index"
+    for held, shards in zip(ranks, plan.shards, strict=True):
+        mine = {shard.tensor.name: shard.box for shard in held.shards}
+        for shard in shards:
+            assert shard.box.relative_to(mine[shard.tensor.name])
+            assert shard.nbytes or not math.prod(shard.tensor.shape)
+    written = [sum(shard.nbytes for shard in shards) for shards in plan.shards]
+    assert written == list(plan.bytes_by_rank)
+
+
+@given(infos().flatmap(laid_out), st.randoms(use_true_random=False))
+def test_the_plan_does_not_depend_on_the_order_of_the_descriptions(ranks, order):
+    plan = plan_save(ranks)
+    shuffled = plan_save(order.sample(ranks, len(ranks)))
+    assert shuffled.fingerprint == plan.fingerprint
+    assert list(shuffled.shards) == list(plan.shards)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
+def test_bytes_are_level_within_5_percent_on_even_meshes(sizes, data):
+    tensors = []
+    for i in range(data.draw(st.integers(1, 12))):
+        shape = tuple(data.draw(st.sampled_from([768, 1536, 3072, 12288])) for _ in range(data.draw(st.integers(1, 2))))
+        placements = [data.draw(st.sampled_from([None, *range(len(shape))])) for _ in sizes]
+        tensors.append((TensorInfo(name=f"t{i}", dtype="float32", shape=shape), placements))
+    ranks = [
+        state(
+            rank,
+            *(Shard(tensor=t, box=box_on_mesh(t.shape, sizes, at, p, range(len(sizes)))) for t, p in tensors),
+        )
+        for rank, at in enumerate(itertools.product(*map(range, sizes)))
+    ]
+    plan = plan_save(ranks)
+    mean = sum(t.nbytes for t, _ in tensors) / len(ranks)
+    assert max(plan.bytes_by_rank) <= 1.05 * mean + 2 * MIN_CUT_BYTES
+    shards = [shard for mine in plan.shards for shard in mine]
+    for info, _ in tensors:
+        written = [shard.box for shard in shards if shard.tensor == info]
+        assert not missing(written, whole(info.shape))
+        assert sum(box.size for box in written) == math.prod(info.shape)
+
+
+def test_one_huge_tensor_is_divided_between_its_replicas_along_lines():
+    ranks = [state(rank, part("w", (1000, 4096), (0, 0), (1000, 4096))) for rank in range(8)]
+    plan = plan_save(ranks)
+    assert [len(shards) for shards in plan.shards] == [1] * 8
+    assert all(shards[0].box.shape[1] == 4096 for shards in plan.shards)
+    assert max(plan.bytes_by_rank) <= 1.05 * 1000 * 4096 * 4 / 8
+
+
+def test_small_tensors_stay_whole():
+    ranks = [state(rank, *(part(f"b{i}", (1024,), (0,), (1024,)) for i in range(100))) for rank in range(4)]
+    plan = plan_save(ranks)
+    assert sorted(len(shards) for shards in plan.shards) == [25] * 4
+    assert all(shard.box == whole((1024,)) for shards in plan.shards for shard in shards)
+
+
+def test_who_has_no_choice_comes_first_and_others_make_up_for_it():
+    shape = (1 << 20,)
+    alone, both = part("a", shape, (0,), shape), part("b", shape, (0,), shape)
+    plan = plan_save([state(0, alone, both), state(1, both)])
+    assert [shard.tensor.name for shard in plan.shards[1]] == ["b"]
+    assert plan.bytes_by_rank == (4 << 20, 4 << 20)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=9), st.integers(0, 5000))
+def test_filling_up_reaches_one_level_and_loses_nothing(loads, total):
+    shares = level(np.asarray(loads, np.int64), total)
+    assert shares.sum() == total
+    assert (shares >= 0).all()
+    filled = np.asarray(loads) + shares
+    raised = filled[shares > 1]
+    assert not len(raised) or raised.max() - filled.min() <= 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**7), st.integers(0, 3)), max_size=30), st.integers(1, 4096))
+def test_an_assignment_gives_each_byte_to_one_member(items, grain):
+    sets = ((0,), (1, 2), (0, 3), (0, 1, 2, 3))
+    nbytes = np.asarray([n for n, _ in items], np.int64)
+    found = assign(nbytes, np.asarray([s for _, s in items], np.int64), sets, 4, lambda _item, _limit: grain)
+    for index, (n, number) in enumerate(items):
+        cuts = sorted((cut.low, cut.high, cut.rank) for cut in found.cuts if cut.item == index)
+        if found.rank[index] >= 0:
+            cuts = [(0, n, int(found.rank[index]))]
+        assert [low for low, _, _ in cuts] == [0, *(high for _, high, _ in cuts[:-1])]
+        assert cuts[-1][1] == n
+        assert {rank for _, _, rank in cuts} <= set(sets[number])
+    assert found.loads.sum() == nbytes.sum()
+
+
+@given(infos(max_size=6).flatmap(lambda t: st.tuples(st.just(t), laid_out(t), laid_out(t))))
+def test_boxes_that_overlap_in_part_are_cut(case):
+    tensors, some, others = case
+    more = [replace(other, rank=len(some) + other.rank) for other in others]
+    plan = plan_save([*some, *more])
+    for info in tensors:
+        assert (times_written(plan, info) == 1).all()
+
+
+def test_a_tensor_without_elements_is_known_through_its_lowest_holder():
+    empty = part("e", (0, 4), (0, 0), (0, 4))
+    plan = plan_save([state(0), state(1, empty), state(2, empty)])
+    assert list(plan.shards) == [(), (empty,), ()]
+
+
+def test_elements_without_a_holder_are_refused_with_their_place():
+    ranks = [state(0, part("w", (10, 4), (0, 0), (4, 4))), state(1, part("w", (10, 4), (6, 0), (4, 4)))]
+    with pytest.raises(ShardsDisagree, match=r"no rank holds \[4:6, 0:4\] of 'w' .*ranks 0, 1 hold"):
+        plan_save(ranks)
+    with pytest.raises(ShardsDisagree, match=r"no rank holds \[0:4\] of 'e'"):
+        plan_save([state(0, part("e", (4,), (4,), (0,)))])
+
+
+@pytest.mark.parametrize("other", [("w", (5,), "float32"), ("w", (4,), "bfloat16")])
+def test_a_tensor_described_differently_is_refused_with_both(other):
+    name, shape, dtype = other
+    ranks = [state(0, part("w", (4,), (0,), (4,))), state(1, part(name, shape, (0,), shape, dtype))]
+    with pytest.raises(ShardsDisagree, match=rf"rank 0 has 'w' as float32 of shape \(4,\), rank 1 as {dtype}"):
+        plan_save(ranks)
+
+
+@pytest.mark.parametrize("numbers", [(0, 0), (0, 2), (1,)])
+def test_ranks_must_be_complete(numbers):
+    with pytest.raises(RanksDisagree, match="once each"):
+        plan_save([state(rank) for rank in numbers])
+
+
+def value(name, digest="d", rank=None):
+    return ValueInfo(name=name, digest=digest, rank=rank)
+
+
+def test_values_are_handed_over_once_and_own_ones_by_each():
+    ranks = [state(0, values=(value("rng", rank=0),)), *(
+        state(rank, values=(value("lr"), value("rng", rank=rank))) for rank in (1, 2)
+    )]  # fmt: skip
+    assert plan_save(ranks).values == ((("rng", 0),), (("lr", None), ("rng", 1)), (("rng", 2),))
+
+
+def test_values_that_differ_are_named_with_their_ranks():
+    check_values([state(0, values=(value("s/lr"),)), state(1, values=(value("s/lr"),)), state(2)])
+    with pytest.raises(ValuesDiffer, match=r"'s/lr' is not the same on all ranks: rank 0 and rank 2"):
+        check_values([state(r, values=(value("s/lr", "x" if r == 2 else "d"),)) for r in range(4)])
+    with pytest.raises(ValuesDiffer, match="marked PerRank on rank 1 and shared on rank 0"):
+        check_values([state(0, values=(value("n"),)), state(1, values=(value("n", rank=1),))])
+
+
+def test_a_fingerprint_changes_with_the_layout_and_not_with_values():
+    one = state(0, part("w", (4,), (0,), (4,)), values=(value("lr"),))
+    assert fingerprint(one) == fingerprint(state(0, *one.shards, values=(value("lr", "other"),)))
+    different = [
+        state(1, *one.shards, values=one.values),
+        state(0, part("w", (4,), (0,), (3,)), values=one.values),
+        state(0, part("w", (4,), (0,), (4,), "int32"), values=one.values),
+        state(0, part("v", (4,), (0,), (4,)), values=one.values),
+        state(0, *one.shards),
+    ]
+    assert len({fingerprint(each) for each in [one, *different]}) == 6
+
+
+def grown(tensors, replicas, shards, tp):
+    """A hybrid-sharded, tensor-parallel world; ranks share the descriptions of tensors."""
+    described = [
+        TensorInfo(name=f"model/layers.{i}.weight", dtype="float32", shape=(16384, 4096) if i % 3 else (16384,))
+        for i in range(tensors)
+    ]
+    rows, columns = 16384 // shards, 4096 // tp
+    ranks = []
+    for rank in range(replicas * shards * tp):
+        row, column = rank // tp % shards * rows, rank % tp * columns
+        boxes = {1: Box((row,), (rows,)), 2: Box((row, column), (rows, columns))}
+        ranks.append(state(rank, *(Shard(tensor=t, box=boxes[len(t.shape)]) for t in described)))
+    return ranks
+
+
+def seconds_to_plan(ranks):
+    begun = time.process_time()
+    plan = plan_save(ranks)
+    plan.shards[0]
+    return time.process_time() - begun, plan
+
+
+def test_planning_costs_microseconds_per_shard():
+    spent, plan = seconds_to_plan(grown(250, 4, 16, 4))
+    assert max(plan.bytes_by_rank) <= 1.05 * sum(plan.bytes_by_rank) / 256
+    assert spent < 64_000 * 20e-6, f"{spent:.2f} s for 64,000 shards"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_4096_ranks_of_2000_tensors_plan_in_seconds():
+    spent, plan = seconds_to_plan(grown(2000, 8, 64, 8))
+    assert max(plan.bytes_by_rank) <= 1.05 * sum(plan.bytes_by_rank) / 4096
+    assert spent < 30, f"{spent:.1f} s"
+
+
+def test_random_mixtures_of_tensors_level_out_over_many_ranks():
+    seed = random.Random(5)
+    tensors = [
+        TensorInfo(name=f"t{i}", dtype="float32", shape=(seed.choice([1000, 4096, 50_000]), 64)) for i in range(40)
+    ]
+    ranks = [state(rank, *(Shard(tensor=t, box=whole(t.shape)) for t in tensors)) for rank in range(16)]
+    plan = plan_save(ranks)
+    assert max(plan.bytes_by_rank) <= 1.05 * sum(plan.bytes_by_rank) / 16
+    assert sum(len(shards) for shards in plan.shards) <= len(tensors) + 15
