@@ -1,14 +1,14 @@
 """The page that ranks publish their progress in, shared with their keeper: who stands where, and what is decided.
 
-One memfd per node, 64-bit words in the machine's own order. Words are written by single aligned stores. The words of
-one progress record are wrapped by a count and a check word, so that a reader never takes half of an old record and
-half of a new one, whatever the processor reorders.
+One memfd per node, 64-bit words in the machine's own order. Words are written by single aligned stores. A rank has
+two records and writes them in turn, each with a check word over the others: a reader takes the newer one that is
+whole, whatever the processor reorders, and also when the rank was killed or stopped in the middle of a write.
 
     words 0..7      magic, layout version, slots, keeper's beat (mono ns), decision "save", decision "stop"
     from word 64    one slot of 96 words per local rank:
-      0..6          count, generation, step, phase, mono ns, hook ns, check     (one record)
-      8..11         boundary + 1, held word, done "save", done "stop"           (single words)
-      16..79        names of phases, 16 of 32 bytes
+      0..6, 8..14   two records: count, generation, step, phase, mono ns, hook ns, check
+      16..19        boundary + 1, held word, done "save", done "stop"           (single words)
+      24..87        names of phases, 16 of 32 bytes
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from resilient.errors import KeeperLost, LoopMisused, TimedOut, WireError
 MAGIC, LAYOUT = 0x7265_7369_6C69_656E, 1
 _BEAT, _DECISION = 3, 4  # one decision word per kind
 _FIRST_SLOT, _SLOT_WORDS = 64, 96
-_BOUNDARY, _HELD, _DONE, _NAMES = 8, 9, 10, 16
+_RECORD_WORDS, _RECORDS = 7, (0, 8)
+_BOUNDARY, _HELD, _DONE, _NAMES = 16, 17, 18, 24
 MAX_PHASES, NAME_BYTES = 16, 32
 _MASK = (1 << 64) - 1
+_TRIES = 100
 PHASES = ("start", "step")  # numbers 0 and 1 on every rank
 
 
@@ -70,18 +72,22 @@ class Page:
             self.close()
             raise WireError("the descriptor is not a progress page of this version")
 
-    def progress(self, slot: int, *, tries: int = 1000) -> Progress | None:
-        """The last record of a rank; None before its first. Raises TimedOut if the writer died within a write."""
+    def progress(self, slot: int) -> Progress | None:
+        """The last record of a rank; None before its first. Raises TimedOut if it cannot be read (a broken page)."""
         at = self._at(slot)
-        for _ in range(tries):
-            first, *fields, check = self._words[at : at + 7].tolist()
-            if first == 0:
-                return None
-            if first % 2 == 0 and _check(first, *fields) == check:
-                generation, step, phase, mono_ns, hook_ns = fields
+        for _ in range(_TRIES):
+            records = [self._words[at + r : at + r + _RECORD_WORDS].tolist() for r in _RECORDS]
+            whole = [fields for *fields, check in records if fields[0] and _check(*fields) == check]
+            if whole:
+                _, generation, step, phase, mono_ns, hook_ns = max(whole)
                 name = self._name(at, phase)
                 return Progress(generation=generation, step=step, phase=name, mono_ns=mono_ns, hook_ns=hook_ns)
-        raise TimedOut(f"slot {slot} of the progress page stays half-written", next="its rank died in the write")
+            if not any(fields[0] for fields in records):
+                return None
+        # The rank may be writing its very first record.
+        if any(fields[0] > 1 for fields in records):
+            raise TimedOut(f"slot {slot} of the progress page cannot be read: {records}")
+        return None
 
     def position(self, slot: int, kind: decide.Kind) -> decide.Position:
         """Where a rank stands, as decisions of this kind are judged by."""
@@ -262,14 +268,13 @@ class ProgressPage(Page):
         return number
 
     def _write(self) -> None:
-        words, at, count = self._words, self._base, self._count + 2
+        self._count = count = self._count + 1
+        words, at = self._words, self._base + _RECORDS[count % 2]
         now_ns = time.monotonic_ns()
-        words[at] = count - 1
+        words[at] = count
         words[at + 1] = self.generation
         words[at + 2] = self._step
         words[at + 3] = self._phase
         words[at + 4] = now_ns
         words[at + 5] = self.hook_ns
         words[at + 6] = _check(count, self.generation, self._step, self._phase, now_ns, self.hook_ns)
-        words[at] = count
-        self._count = count
