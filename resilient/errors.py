@@ -66,6 +66,10 @@ class EpochUncertain(Fenced):
     """A damaged entry may hide a newer epoch: claim a new one (`RunLog.lead`) before writing again."""
 
 
+class Overtaken(Fenced):
+    """Others have committed steps since this process restored: leading now would leave theirs behind."""
+
+
 class OffLine(ResilientError):
     """A state that the run no longer descends from: a later generation went on from an earlier step."""
 
@@ -85,6 +89,10 @@ class EntryTooLarge(ResilientError):
 # ---- saving
 class SaveFailed(ResilientError):
     """A save did not become a commit; nothing of it is visible."""
+
+
+class SaveCancelled(SaveFailed):
+    """The save was given up before its manifest was written."""
 
 
 class SaveSkipped(SaveFailed):
