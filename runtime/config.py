@@ -102,7 +102,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW; matrices decay, norms do not."""
 
-    lr: float = setting(3e-3, "peak learning rate")
+    lr: float = setting(1e-3, "peak learning rate")
     beta1: float = setting(0.9, "decay of the gradient's average")
     beta2: float = setting(0.95, "decay of the squared gradient's average")
     eps: float = setting(1e-8, "added to the denominator")
