@@ -42,6 +42,8 @@ class LocalStore(Store):
     never overwrites) or rename(2), and syncs the directory; directories that it creates are synced up to the root.
     A file or directory whose fsync failed is never synced again: the kernel may have dropped the pages and would
     report success. One call may take as long as the kernel takes: a hung disk cannot be interrupted.
+
+    Failpoints: local.written, local.synced, local.named.
     """
 
     conditional = True

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 
 @contextlib.contextmanager
@@ -55,17 +56,20 @@ def read_request(connection: socket.socket) -> bytes:
     return head
 
 
-def answering(status: int, code: str, message: str = "on purpose") -> Callable[[socket.socket], None]:
-    """Every request gets this error of S3's."""
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
-    head = f"HTTP/1.1 {status} x\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+@dataclass
+class Answering:
+    """Every request gets this error of S3's; it can be changed between requests."""
 
-    def serve(connection: socket.socket) -> None:
+    status: int
+    code: str
+    message: str = "on purpose"
+
+    def __call__(self, connection: socket.socket) -> None:
         while True:
             request = read_request(connection)
-            connection.sendall(head if request.startswith(b"HEAD") else head + body)
-
-    return serve
+            text = f"<?xml version='1.0'?><Error><Code>{self.code}</Code><Message>{self.message}</Message></Error>"
+            head = f"HTTP/1.1 {self.status} x\r\nContent-Type: application/xml\r\nContent-Length: {len(text)}\r\n\r\n"
+            connection.sendall((head if request.startswith(b"HEAD") else head + text).encode())
 
 
 def silent(connection: socket.socket) -> None:

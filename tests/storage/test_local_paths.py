@@ -172,6 +172,16 @@ def test_a_kernel_that_takes_and_gives_little_at_a_time_loses_nothing(
     assert len(calls) > 80
 
 
+@pytest.mark.parametrize(
+    ("body", "same"), [(b"abcdef", True), (b"abcdefg", False), (b"abcde", False), (b"abcdeX", False), (b"", False)]
+)
+def test_a_file_equals_exactly_its_pieces(tmp_path: Path, body: bytes, same: bool) -> None:
+    (tmp_path / "file").write_bytes(body)
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    assert files.equals(file, [memoryview(b"abc"), memoryview(b"def")]) is same
+    os.close(file)
+
+
 def test_thousands_of_pieces_are_written(store: LocalStore) -> None:
     pieces = [bytes([number % 256]) * (number % 3) for number in range(5000)]
     store.put_if_absent("k", pieces)

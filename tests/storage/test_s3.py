@@ -6,7 +6,7 @@ import json
 import random
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -26,11 +26,19 @@ from storage.retry import RetryingStore, RetryPolicy
 from storage.s3 import S3Store
 from tests.storage.conftest import BUCKET, S3Server, options
 from tests.storage.contract import OPERATIONS, READS
-from tests.storage.http_faults import answering, listening, losing_replies, silent
+from tests.storage.http_faults import Answering, listening, losing_replies, silent
 from tests.storage.processes import python
 
 pytestmark = pytest.mark.s3
 WRITES = ("put", "put_if_absent", "delete")
+
+
+@pytest.fixture(scope="module")
+def answering() -> Iterator[tuple[Answering, S3Store]]:
+    """What the server answers to everything, and a store on that server."""
+    answer = Answering(500, "InternalError")
+    with listening(answer) as endpoint:
+        yield answer, S3Store(f"s3://{BUCKET}/run", options(endpoint))
 
 
 def caught_from(store: S3Store, operation: str) -> StoreError:
@@ -57,33 +65,31 @@ def caught_from(store: S3Store, operation: str) -> StoreError:
     ],
 )
 def test_what_the_server_answers_becomes_a_typed_error(
-    status: int, code: str, reading: type[StoreError], writing: type[StoreError]
+    answering: tuple[Answering, S3Store], status: int, code: str, reading: type[StoreError], writing: type[StoreError]
 ) -> None:
-    with listening(answering(status, code)) as endpoint:
-        store = S3Store(f"s3://{BUCKET}/run", options(endpoint))
-        assert type(caught_from(store, "get")) is reading
-        for operation in ("put", "put_if_absent"):
-            assert type(caught_from(store, operation)) is writing
-        with pytest.raises(reading):
-            list(store.list())
+    answer, store = answering
+    answer.status, answer.code = status, code
+    assert type(caught_from(store, "get")) is reading
+    for operation in ("put", "put_if_absent"):
+        assert type(caught_from(store, operation)) is writing
+    with pytest.raises(reading):
+        list(store.list())
 
 
-def test_a_server_without_conditional_puts_is_told_apart() -> None:
-    with listening(answering(501, "NotImplemented")) as endpoint:
-        store = S3Store(f"s3://{BUCKET}/run", options(endpoint))
-        assert type(caught_from(store, "put_if_absent")) is StoreUnsupported
+def test_a_server_without_conditional_puts_is_told_apart(answering: tuple[Answering, S3Store]) -> None:
+    answering[0].status, answering[0].code = 501, "NotImplemented"
+    assert type(caught_from(answering[1], "put_if_absent")) is StoreUnsupported
 
 
-def test_a_conflict_that_cannot_be_read_back_is_unknown() -> None:
+def test_a_conflict_that_cannot_be_read_back_is_unknown(answering: tuple[Answering, S3Store]) -> None:
     # 412 to the put, and to the get that would tell whose bytes are there
-    with listening(answering(412, "PreconditionFailed")) as endpoint:
-        store = S3Store(f"s3://{BUCKET}/run", options(endpoint))
-        assert type(caught_from(store, "put_if_absent")) is OutcomeUnknown
+    answering[0].status, answering[0].code = 412, "PreconditionFailed"
+    assert type(caught_from(answering[1], "put_if_absent")) is OutcomeUnknown
 
 
 def test_no_secret_is_in_an_error_or_its_traceback() -> None:
     secrets = ("test-access-key", "test-secret-key", "hush")
-    with listening(answering(403, "SignatureDoesNotMatch", "test-access-key test-secret-key hush")) as endpoint:
+    with listening(Answering(403, "SignatureDoesNotMatch", "test-access-key test-secret-key hush")) as endpoint:
         address = endpoint.replace("http://", "http://hush:hush@")
         store = S3Store(f"s3://user:hush@{BUCKET}/run?token=hush", options(endpoint))
         gone = S3Store(f"s3://{BUCKET}/run", {**options(address), "token": "hush"})
