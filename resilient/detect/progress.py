@@ -74,7 +74,7 @@ class Page:
 
     def progress(self, slot: int) -> Progress | None:
         """The last record of a rank; None before its first. Raises TimedOut if it cannot be read (a broken page)."""
-        at = self._at(slot)
+        at, records = self._at(slot), []
         for _ in range(_TRIES):
             records = [self._words[at + r : at + r + _RECORD_WORDS].tolist() for r in _RECORDS]
             whole = [fields for *fields, check in records if fields[0] and _check(*fields) == check]

@@ -78,8 +78,7 @@ class Committer:
             torch=self._config.torch_version,
             wall_ns=time.time_ns(),
         )
-        failpoint("manifest.before")
-        ref = put_manifest(self._store.get(), prefix, manifest)
+        ref = put_manifest(self._store.get(), manifest)
         try:
             slot = leader.commit(
                 generation=order.generation,

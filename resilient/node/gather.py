@@ -43,6 +43,7 @@ class Void:
 class _Open:
     until_s: float
     parts: dict[int, Sealed] = field(default_factory=dict)
+    order: dict[int, int] = field(default_factory=dict)  # which of all seals each was
 
 
 class Gathering:
@@ -54,6 +55,7 @@ class Gathering:
         self._open: dict[SaveId, _Open] = {}
         self._gone: dict[int, str] = {}  # local rank -> why
         self._ended: dict[SaveId, ResilientError] = {}
+        self._seals = 0
 
     @property
     def waiting(self) -> tuple[SaveId, ...]:
@@ -64,9 +66,10 @@ class Gathering:
         """A rank has sealed its part."""
         if save in self._ended:
             return [Void(save=save, error=self._ended[save])]
-        results = self._skipped(local, save)
         entry = self._open.setdefault(save, _Open(until_s=now_s + self._timeout_s))
-        entry.parts[local] = part
+        self._seals += 1
+        entry.parts[local], entry.order[local] = part, self._seals
+        results = self._skipped(save)
         first = next(iter(entry.parts.values()))
         if part.facts.shared() != first.facts.shared():
             return [*results, *self.void(save, _disagree(save, self._ranks[local]))]
@@ -109,22 +112,20 @@ class Gathering:
                 )
         return results
 
-    def _skipped(self, local: int, save: SaveId) -> list[Whole | Void]:
-        """A rank seals its saves in order: the ones that were open before and that it has not sealed, it skipped."""
-        before = list(self._open)
-        if save in self._open:
-            before = before[: before.index(save)]
+    def _skipped(self, save: SaveId) -> list[Whole | Void]:
+        """Void what a rank has skipped.
+
+        All ranks save in the same order, but messages of different ranks overtake each other: that an open save
+        comes before this one is known from a rank that has sealed both.
+        """
         results: list[Whole | Void] = []
-        for other in before:
-            if local not in self._open[other].parts:
-                rank = self._ranks[local]
-                results += self.void(
-                    other,
-                    SaveFailed(
-                        f"rank {rank} sealed step {save.step} without having sealed step {other.step}",
-                        next="call save on every rank at the same steps",
-                    ),
-                )
+        mine = self._open[save].order
+        for other, entry in list(self._open.items()):
+            before = any(entry.order[local] < mine[local] for local in entry.order.keys() & mine.keys())
+            skipped = sorted(mine.keys() - entry.order.keys())
+            if other != save and before and skipped:
+                what = f"rank {self._ranks[skipped[0]]} sealed step {save.step} without having sealed step {other.step}"
+                results += self.void(other, SaveFailed(what, next="call save on every rank at the same steps"))
         return results
 
     def _lost(self, save: SaveId, local: int) -> SaveFailed:

@@ -169,11 +169,10 @@ class Loop:
 
 
 class Lane:
-    """Does blocking work in order, each piece in a thread of its own, and has the loop hear of each result."""
+    """One thread that does blocking work in order, and has the loop hear of each result."""
 
-    def __init__(self, loop: Loop, name: str, *, begin: _Call = lambda: None) -> None:
-        """begin: called in each new thread before the work."""
-        self._loop, self._begin, self._name = loop, begin, name
+    def __init__(self, loop: Loop, name: str) -> None:
+        self._loop, self._name = loop, name
         self._queue: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._started = False
         self.waiting = 0  # pieces of work whose end the loop has not heard of
@@ -182,7 +181,6 @@ class Lane:
         """Do `work` in the lane; then `then(result)`, or `fail(error)`, in the loop's thread."""
 
         def job() -> None:
-            self._begin()
             try:
                 result = work()
             except ResilientError as error:
@@ -206,10 +204,7 @@ class Lane:
 
     def _work(self) -> None:
         while True:
-            # A thread that has lowered its priority cannot raise it again, so each piece gets a new one.
-            thread = threading.Thread(target=self._queue.get(), name=self._name, daemon=True)
-            thread.start()
-            thread.join()
+            self._queue.get()()
 
 
 def unexpected(error: BaseException) -> ResilientError:

@@ -27,8 +27,7 @@ from resilient.node.messages import (
     decode_values,
     encode_facts,
 )
-from resilient.node.persist import Persist, encode_written
-from resilient.node.priority import Priority
+from resilient.node.persist import Persist, WriteOrder, encode_written
 from resilient.node.trace import Trace
 from resilient.node.voting import Voting, kind_of
 from resilient.node.wire import Json, Message
@@ -37,6 +36,7 @@ from storage.failpoint import failpoint
 
 _PLANS_KEPT = 8  # per rank; a rank seals by its newest plan
 _BEAT_S = 0.5
+LOW_NICE = 10  # beside busy ranks: at 19 a keeper hardly runs at all, at 0 it takes from the step
 
 
 @dataclass
@@ -60,8 +60,8 @@ class NodeKeeper:
         self._arenas: dict[tuple[int, int], MappedArena] = {}
         self._plans: OrderedDict[tuple[int, str], tuple[Slot, ...]] = OrderedDict()
         self._saves: dict[SaveId, _Save] = {}
-        self._priority = Priority()
-        self._lane = Lane(loop, "persist", begin=self._priority.begin)
+        self._hurried = False  # somebody waits for a save
+        self._lane = Lane(loop, "persist")
         loop.every(_BEAT_S, self._tick)
 
     @property
@@ -89,8 +89,7 @@ class NodeKeeper:
         elif kind == "request":
             self.up({"t": "request", "kind": kind_of(message.body)})
         elif kind == "hurry":
-            if self.busy or self._gathering.waiting:
-                self._priority.hurry()
+            self._hurried = bool(self._saves or self._gathering.waiting)
         else:
             raise WireError(f"workers do not say {str(kind)[:40]!r}")
 
@@ -98,6 +97,8 @@ class NodeKeeper:
         if len(message.fds) != 1:
             message.drop()
             raise WireError(f"{len(message.fds)} descriptors came for one arena")
+        if not self._arenas:  # a save is near: the first one should not pay for imports
+            self._lane.submit(self._persist.warm, lambda _: None, lambda _: None)
         index = message.number("index")
         # The one before is unmapped when the last save that reads it is over.
         self._arenas[local, index] = MappedArena(message.fds[0], message.number("nbytes"))
@@ -158,9 +159,15 @@ class NodeKeeper:
         if entry is None or entry.over:
             return
         entry.writing = True
-        parts, cancelled = entry.parts, entry.cancelled
+        order = WriteOrder(
+            save=save,
+            generation=generation,
+            parts=tuple(entry.parts[local] for local in sorted(entry.parts)),
+            cancelled=entry.cancelled.is_set,
+            niceness=lambda: 0 if self._hurried else LOW_NICE,
+        )
         self._lane.submit(
-            lambda: self._persist.write(save, generation, [parts[local] for local in sorted(parts)], cancelled.is_set),
+            lambda: self._persist.write(order),
             lambda written: self._written(save, entry, written),
             lambda error: self._not_written(save, entry, error),
         )
@@ -196,7 +203,7 @@ class NodeKeeper:
             self.members.tell_all(save.body("freed"))
         self.members.tell_all(body)
         if not self._saves:
-            self._priority.relax()
+            self._hurried = False
 
     # ---- what the coordinator says
     def down(self, body: Json) -> None:

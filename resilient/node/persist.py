@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from resilient.checkpoint.format import IndexRef, data_prefix, index_ref_json
+from resilient.checkpoint.format import data_prefix, index_ref_json
 from resilient.errors import WireError
 from resilient.node.config import KeeperConfig
 from resilient.node.coordinate import Written
@@ -34,26 +35,52 @@ class OpenStore:
             return self._store
 
 
+@dataclass(frozen=True, kw_only=True)
+class WriteOrder:
+    """One save to be written by this node."""
+
+    save: SaveId
+    generation: int
+    parts: tuple[Sealed, ...]  # by local rank
+    cancelled: Callable[[], bool]
+    niceness: Callable[[], int]  # that encoding threads should have now
+
+
 class Persist:
-    """Writes this node's parts."""
+    """Writes this node's parts, one save at a time."""
 
     def __init__(self, config: KeeperConfig, store: OpenStore) -> None:
         self._config, self._store = config, store
+        self._memory: Any = None  # of encoded chunks, kept from save to save
 
-    def write(self, save: SaveId, generation: int, parts: Sequence[Sealed], cancelled: Callable[[], bool]) -> Written:
+    def warm(self) -> None:
+        """Import and open what `write` needs. Raises StoreError, as `write` will."""
+        from resilient.checkpoint.writer import rooms
+
+        self._memory = rooms()
+        self._store.get()
+
+    def write(self, order: WriteOrder) -> Written:
         """Chunks, parts and index of what the local ranks sealed; durable on return. Raises as writer.persist."""
         from resilient.checkpoint.writer import WriteJob, persist
 
         begun_s = time.monotonic()
-        prefix = data_prefix(generation, save.step, save.nonce)
+        prefix = data_prefix(order.generation, order.save.step, order.save.nonce)
         job = WriteJob(
             prefix=prefix,
             writer=self._config.writer,
-            snapshots=[(part.memory, part.slots) for part in parts],
-            values=[value for part in parts for value in part.values],
+            snapshots=[(part.memory, part.slots) for part in order.parts],
+            values=[value for part in order.parts for value in part.values],
             codec=self._config.codec,
         )
-        index: IndexRef = persist(self._store.get(), job, threads=self._config.threads, cancelled=cancelled)
+        index = persist(
+            self._store.get(),
+            job,
+            threads=self._config.threads,
+            cancelled=order.cancelled,
+            niceness=order.niceness,
+            memory=self._memory,
+        )
         return Written(
             index=index_ref_json(prefix, index),
             raw_bytes=index.raw_bytes,
