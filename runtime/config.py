@@ -166,6 +166,7 @@ class OutputConfig:
     every_steps: int = setting(10, "steps between printed lines")
     text_bytes: int = setting(200, "length of the text that the trained model writes at the end; 0: none")
     prompt: str = setting("def ", "how that text starts")
+    digests: bool = setting(False, "record what every tensor was at each save and after a restore: slow, for proofs")
     temperature: float = setting(0.7, "of drawing that text; 0: always the likeliest byte")
 
 

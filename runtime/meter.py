@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -88,6 +88,11 @@ class Meter:
         )
         self._show(step + 1, loss, tokens * self._speed)
         return loss
+
+    def restored(self, step: int, *, saved: Mapping[str, str], restored: Mapping[str, str]) -> None:
+        """Record that the run goes on from `step`; digests of tensors, by name, as saved and as they came back."""
+        self.console.print(f"goes on from step {step}")
+        self._write(event="restored", step=step, saved=dict(saved), restored=dict(restored))
 
     def evaluated(self, step: int, val_loss: float) -> None:
         """Record the loss on held-out text after `step` completed steps; its time is not the next step's."""

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import resilient
 from runtime.config import CheckpointConfig, Config
 from runtime.data import load_text
+from runtime.digest import DigestProbe
 from runtime.evaluate import evaluate
 from runtime.generate import write_text
 from runtime.layout import fit_layout
@@ -69,16 +70,21 @@ def _run(config: Config, mesh: Mesh, meter: Meter) -> Outcome:
         f" in {str(dtype).removeprefix('torch.')}, {len(text.train) * text.train.length / 1e6:.1f}M tokens of text"
     )
 
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": sampler}
+    probe = DigestProbe(model, optimizer)
+    if config.output.digests:
+        state["digests"] = probe
+
     with resilient.context(
         config.checkpoint_url,
-        state={"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": sampler},
+        state=state,
         every=_cadence(config.checkpoint),
         keep=_retention(config.checkpoint),
         codec=config.checkpoint.codec,
     ) as run:
         first_step = run.step
         if first_step:
-            meter.console.print(f"goes on from step {first_step} ({config.checkpoint_url})")
+            meter.restored(first_step, saved=probe.saved, restored=probe.now() if config.output.digests else {})
         batches = sampler.batches(loader)
         meter.begin(first_step)
         for step in run.steps(config.train.steps):

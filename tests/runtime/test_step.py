@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient.world import World
+from resilient.world_view import World
 from runtime.step import cut_passes
 
 
