@@ -131,7 +131,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "world_size": manifest.world_size,
             "torch": manifest.torch,
             "wall_ns": manifest.wall_ns,
-            "metrics": {name: _number_json(value) for name, value in manifest.metrics.items()},
+            "metrics": {name: number_json(value) for name, value in manifest.metrics.items()},
             "refers": list(manifest.refers),
             "writers": [index_ref_json(manifest.prefix, ref) for ref in manifest.writers],
         }
@@ -251,7 +251,8 @@ def _part(item: Any, number: int, *, prefix: str, refers: tuple[str, ...], write
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def _number_json(value: float) -> float | str:
+def number_json(value: float) -> float | str:
+    """A float as JSON holds it: what is not finite becomes a string."""
     value = float(value)
     if math.isnan(value):
         return "nan"
