@@ -1,76 +1,77 @@
-"""Random number generators of a process: Python's, NumPy's, torch's, CUDA's; taken, put back, derived anew."""
+"""Random number generators of this process: as a plain value, put back, and derived for another layout.
+
+Same layout: every rank gets back what it saved, and the run goes on bit for bit. Another layout: there is no right
+answer for a rank that did not exist, so all ranks derive fresh, distinct seeds from what rank 0 saved (see `derive`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import random
-import sys
+from array import array
 from typing import Any
 
+import numpy as np
 import torch
-import xxhash
 
+from resilient.checkpoint import values
 from resilient.errors import CheckpointDamaged
 
-State = dict[str, Any]
-_VERSION = 1
 
-
-def capture() -> State:
-    """The generators of this process as plain values; CUDA's only where CUDA is in use (current device)."""
-    state: State = {"v": _VERSION, "python": random.getstate(), "torch": _bytes(torch.random.get_rng_state())}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-        state["numpy"] = (str(kind), keys.tobytes(), int(position), int(has_gauss), float(cached))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = _bytes(torch.cuda.get_rng_state())
+def capture() -> dict[str, Any]:
+    """State of Python's, NumPy's legacy, torch's CPU and (once CUDA is in use) this device's generator."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": (version, array("I", words).tobytes(), gauss),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
     return state
 
 
-def restore(state: State) -> None:
-    """Put the generators back where `capture` found them: what is drawn next is the same, bit for bit.
-
-    Raises CheckpointDamaged where the value is not of that form.
-    """
+def restore(state: dict[str, Any]) -> None:
+    """Put the generators where `capture` or `derive` saw them. Raises CheckpointDamaged for anything else."""
     try:
-        if "derived" in state:
-            _seed_all(int(state["derived"]))
-            return
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        torch.random.set_rng_state(_tensor(state["torch"]))
-        if "numpy" in state:
-            import numpy as np
-
-            kind, keys, position, has_gauss, cached = state["numpy"]
-            np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
+        version, words, gauss = state["python"]
+        python = (version, tuple(array("I", words)), gauss)
+        random.Random().setstate(python)  # refuses what is no state before anything is changed
+        torch.Generator().set_state(_tensor(state["torch"]))
+        np.random.RandomState().set_state(state["numpy"])
+        random.setstate(python)
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(_tensor(state["torch"]))
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(_tensor(state["cuda"]))
+        elif "cuda_seed" in state:
+            torch.cuda.manual_seed(state["cuda_seed"])  # waits for CUDA to come into use, if it ever does
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointDamaged(f"the saved random number generators cannot be used: {error}") from error
+        raise CheckpointDamaged(f"the state of the random number generators cannot be used: {error}") from error
 
 
-def derive(first: State, *, step: int, rank: int) -> State:
-    """Generators for a rank of another layout than the one that saved; pass the result to `restore`.
+def derive(saved: dict[str, Any], *, step: int, rank: int) -> dict[str, Any]:
+    """States for `rank` in a layout other than the saved one, from what rank 0 saved.
 
-    The seed is xxh3_64 of (rank 0's saved torch and Python generators, step, rank). So every rank of the new layout
-    draws its own numbers, restoring the same step twice gives the same ones, and no two ranks or steps share any.
-    What the ranks of the old layout would have drawn next is not continued: there is no such thing for another number.
+    Seeds are the first 8 bytes (little-endian) of SHA-256("resilient.rng" NUL generator NUL step NUL rank NUL value),
+    numbers in decimal, value = `values.encode(saved)`, generator = python, numpy (its 8 bytes as two words), torch,
+    cuda. So every layout that restores one checkpoint draws reproducible numbers, no two ranks the same ones.
     """
-    text = repr((first.get("torch"), first.get("python"), step, rank)).encode()
-    return {"v": _VERSION, "derived": xxhash.xxh3_64_intdigest(text) & ((1 << 63) - 1)}
+    encoded = values.encode(saved)
 
+    def seed(generator: str) -> int:
+        text = f"resilient.rng\0{generator}\0{step}\0{rank}\0".encode()
+        return int.from_bytes(hashlib.sha256(text + encoded).digest()[:8], "little")
 
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)  # CUDA's too
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed & 0xFFFF_FFFF)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.numpy().tobytes()
+    version, words, gauss = random.Random(seed("python")).getstate()
+    numpy_seed = seed("numpy")
+    numpy = np.random.RandomState([numpy_seed & 0xFFFF_FFFF, numpy_seed >> 32])
+    return {
+        "python": (version, array("I", words).tobytes(), gauss),
+        "numpy": numpy.get_state(legacy=False),
+        "torch": torch.Generator().manual_seed(seed("torch")).get_state().numpy().tobytes(),
+        "cuda_seed": seed("cuda"),
+    }
 
 
 def _tensor(data: bytes) -> torch.Tensor:

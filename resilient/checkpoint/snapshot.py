@@ -1,8 +1,12 @@
-"""The snapshot: where each shard lies in a buffer, and the one copy that the loop pays for."""
+"""The one copy that the loop pays for: live tensors into a buffer that outlives the process.
+
+On CPU it is made in the foreground, with the threads that torch has: a copy beside a running step slows that step by
+more than it takes. From an accelerator it goes through a side stream, and this function waits for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -10,53 +14,82 @@ from resilient.checkpoint.items import Shard, Slot
 from resilient.checkpoint.tensors import LocalTensor
 from resilient.errors import ShardInvalid
 
-_PAGE_BYTES, _LINE_BYTES = 4096, 64
+PAGE_BYTES, LINE_BYTES = 4096, 64
+_BIG_BYTES = 16 * PAGE_BYTES
 
 
-def layout_slots(shards: Sequence[Shard]) -> tuple[list[Slot], int]:
-    """Slots for the shards, in their order, and the bytes that the buffer needs.
+def layout_slots(shards: Iterable[Shard]) -> tuple[tuple[Slot, ...], int]:
+    """Places for the shards, in their order, and the bytes of a buffer that holds them.
 
-    Shards of a page or more begin on a page, smaller ones on a cache line.
+    Shards of 64 KiB and more begin on a page, smaller ones on a cache line.
     """
     slots, end = [], 0
     for shard in shards:
-        align = _PAGE_BYTES if shard.nbytes >= _PAGE_BYTES else _LINE_BYTES
-        start = -(-end // align) * align
-        slots.append(Slot(shard=shard, offset=start))
-        end = start + shard.nbytes
-    return slots, end
+        align = PAGE_BYTES if shard.nbytes >= _BIG_BYTES else LINE_BYTES
+        offset = -(-end // align) * align
+        slots.append(Slot(shard=shard, offset=offset))
+        end = offset + shard.nbytes
+    return tuple(slots), end
 
 
-def copy_into(buffer: memoryview, slots: Sequence[Slot], tensors: Sequence[LocalTensor]) -> None:
-    """Copy what the slots say out of live tensors, which may change as soon as this returns.
+def copy_into(arena: memoryview, slots: Sequence[Slot], tensors: Sequence[LocalTensor]) -> None:
+    """Copy what the slots ask for out of the live tensors; when this returns, `arena` no longer changes with them.
 
-    On CPU the copy is made here and now, with all threads: a copy in the background slows a training step more than
-    it saves. Device tensors are copied on their current stream and waited for. A slot may be a part of a tensor's box
-    (replicas share their bytes out). Raises ShardInvalid for a slot that no tensor holds.
+    A slot's box may be a part of the tensor that holds it. Raises ShardInvalid if no live tensor holds it, or if it
+    does not fit the buffer. Nothing refers to `arena` afterwards.
     """
-    held: dict[str, list[LocalTensor]] = {}
+    if not slots:
+        return
+    holders: dict[str, list[LocalTensor]] = {}
     for item in tensors:
-        held.setdefault(item.shard.tensor.name, []).append(item)
-    targets, sources = [], []
+        holders.setdefault(item.shard.tensor.name, []).append(item)
+    memory = torch.frombuffer(arena, dtype=torch.uint8)
+    sources: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
     for slot in slots:
-        if slot.shard.nbytes == 0:
-            continue
-        source = _part_of(held.get(slot.shard.tensor.name, ()), slot.shard)
-        space = torch.frombuffer(buffer, dtype=torch.uint8, count=slot.shard.nbytes, offset=slot.offset)
-        targets.append(space.view(source.dtype).view(slot.shard.box.shape))
-        sources.append(source)
+        if slot.shard.nbytes:
+            sources.append(_source(slot.shard, holders))
+            targets.append(_target(memory, slot, sources[-1].dtype))
     with torch.no_grad():
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        if any(source.is_cuda for source in sources):
-            torch.cuda.current_stream().synchronize()
+        _copy(targets, sources)
 
 
-def _part_of(items: Sequence[LocalTensor], shard: Shard) -> torch.Tensor:
-    wanted = shard.box
-    for item in items:
-        box = item.shard.box
-        starts = [a - b for a, b in zip(wanted.start, box.start, strict=True)]
-        if all(s >= 0 and s + n <= have for s, n, have in zip(starts, wanted.shape, box.shape, strict=True)):
-            return item.tensor[tuple(slice(s, s + n) for s, n in zip(starts, wanted.shape, strict=True))]
-    raise ShardInvalid(f"no tensor of this rank holds {wanted}", where=shard.tensor.name)
+def _source(shard: Shard, holders: dict[str, list[LocalTensor]]) -> torch.Tensor:
+    for item in holders.get(shard.tensor.name, ()):
+        held = item.shard
+        if held.tensor == shard.tensor and held.box.overlap(shard.box) == shard.box:
+            return item.tensor[shard.box.relative_to(held.box).slices()] if shard.box != held.box else item.tensor
+    raise ShardInvalid(f"no live tensor holds {shard.box}", where=shard.tensor.name)
+
+
+def _target(memory: torch.Tensor, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
+    end = slot.offset + slot.shard.nbytes
+    if slot.offset % LINE_BYTES or end > memory.numel():
+        raise ShardInvalid(
+            f"bytes {slot.offset} to {end} are not an aligned part of a buffer of {memory.numel()} bytes",
+            where=slot.shard.tensor.name,
+        )
+    return memory[slot.offset : end].view(dtype).view(slot.shard.box.shape)
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        into, out_of = groups.setdefault((source.device, source.dtype), ([], []))
+        into.append(target)
+        out_of.append(source)
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    for (device, _), (into, out_of) in groups.items():
+        if device.type != "cuda":
+            torch._foreach_copy_(into, out_of)
+            continue
+        stream = streams.get(device)
+        if stream is None:
+            stream = streams[device] = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for target, source in zip(into, out_of, strict=True):
+                # Asynchronous where the buffer is registered with CUDA, else as slow as pageable memory is.
+                target.copy_(source, non_blocking=True)
+    for stream in streams.values():
+        stream.synchronize()
