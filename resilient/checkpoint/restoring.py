@@ -13,7 +13,7 @@ from resilient.checkpoint.state import as_outputs, prepare
 from resilient.errors import CheckpointDamaged, FormatUnsupported, NoCheckpoint
 from resilient.log.entries import Ref
 from resilient.log.run_log import RunLog
-from resilient.log.validity import LogView
+from resilient.log.view import LogView
 from resilient.ranks import Ranks
 from storage.errors import KeyMissing, RangeMissing, ResilientError, TooLarge
 from storage.store import Store

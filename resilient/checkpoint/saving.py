@@ -19,6 +19,7 @@ from resilient.checkpoint.state import Flat, flatten
 from resilient.errors import LoopMisused, RanksDisagree, SaveSkipped, StepExists, TimedOut
 from resilient.node.arena import Arena
 from resilient.node.client import KeeperClient, KeeperConfig, Pending, connect
+from resilient.node.messages import Value
 from resilient.ranks import Ranks
 from storage.failpoint import failpoint
 from storage.url import redact
@@ -254,7 +255,9 @@ class Saver:
             session.described.add(layout.plan_id)
         rank = self._ranks.rank
         own = {**flat.rank_values, implied.RNG: implied.capture_rng(), implied.PLACEMENT: layout.placement}
-        values = [(name, None, data) for name, data in flat.values.items() if (name, None) in layout.values]
+        values: list[Value] = [
+            (name, None, data) for name, data in flat.values.items() if (name, None) in layout.values
+        ]
         values += [(name, rank, data) for name, data in own.items()]
         copy_into(self._arenas[index].view, layout.slots, flat.tensors)
         failpoint("snapshot.copied")
@@ -262,7 +265,7 @@ class Saver:
         session.attempts += 1
         pending = session.client.seal(
             step=step,
-            nonce=xxhash.xxh3_64_hexdigest(f"{session.nonce}/{session.attempts}"),
+            nonce=xxhash.xxh3_64_hexdigest(f"{session.nonce}/{session.attempts}".encode()),
             plan_id=layout.plan_id,
             arena=index,
             values=values,

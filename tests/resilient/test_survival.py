@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resilient.checkpoint.reader import open_checkpoint
+from resilient.checkpoint.verify import verify
 from resilient.log.run_log import RunLog
 from storage.open import open_store
 from tests.worlds import World
@@ -46,7 +46,7 @@ def sweep(world: Callable[..., World], folder: Path, kills: int, seed: int) -> N
         view = RunLog(open_store(url)).read()
         assert view.newest is not None
         assert view.newest.step >= acknowledged, "an acknowledged step is gone"
-        findings = [open_checkpoint(open_store(url), commit.manifest).verify(deep=True) for commit in view.commits]
+        findings = [verify(open_store(url), commit.manifest, deep=True) for commit in view.commits]
         assert not any(findings), "a step is listed that is not whole"
         (came,) = world(1).run("tests.resilient.loops:restored", url=url, layout="fsdp1")
         assert came["step"] == view.newest.step
