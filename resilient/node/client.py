@@ -120,6 +120,11 @@ def _attach(config: KeeperConfig, place: Json, started: Started | None) -> Keepe
         raise
     page = ProgressPage(welcome.fds[0], config.local_rank, alone=config.nodes == 1)
     process = started.process if started is not None else None
-    client = KeeperClient(config, channel, page, keeper_pid=keeper_pid, process=process)
+    try:
+        client = KeeperClient(config, channel, page, keeper_pid=keeper_pid, process=process)
+    except KeeperLost:
+        channel.close()
+        page.close()
+        raise
     page.alive = lambda: client.alive
     return client

@@ -1,4 +1,4 @@
-"""The coordinator's hand in the run's log: leading, generations, commits, retention. Blocking; one thread."""
+"""The coordinator's hand in the run's log: leading, generations, commits, retention. Blocking."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from storage.failpoint import failpoint
 
 
 class Committer:
-    """Appends for one session. Once fenced it refuses every later save: only a new session may lead again."""
+    """Appends for one session. Once fenced it refuses every later save: only a new session may lead again.
+
+    `prepare` and `commit` are called by one thread, `retain` by another.
+    """
 
     def __init__(self, config: KeeperConfig, store: OpenStore) -> None:
         self._config, self._store = config, store
@@ -106,7 +109,9 @@ class Committer:
 
         Raises Fenced, StoreError: nothing is lost by it, the next commit tries again.
         """
-        leader = self._lead()
+        leader = self._leader
+        if leader is None:
+            return
         view = leader.view
         condemned = list(view.replaced)
         if self._keep is not None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
-import select
-import signal
-import socket
 import subprocess
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 
 from resilient.checkpoint.items import Slot
 from resilient.detect.progress import ProgressPage
-from resilient.errors import KeeperLost, LoopMisused, TimedOut, WireError
+from resilient.errors import KeeperLost, LoopMisused, WireError
 from resilient.node.config import KeeperConfig
+from resilient.node.line import Line
 from resilient.node.messages import (
     Facts,
     SaveId,
@@ -28,18 +24,14 @@ from resilient.node.messages import (
     encode_values,
 )
 from resilient.node.pending import Pending
-from resilient.node.wire import Channel, ChannelClosed, Json, Message
+from resilient.node.wire import Channel, Json, Message
 from storage.errors import ResilientError
-
-_TICK_S = 1.0
-_Outgoing = tuple[Json, bytes, tuple[int, ...]]
 
 
 class KeeperClient:
     """One rank's side of the connection. Every method but `close` returns at once; they may be called by any thread.
 
     page   where this rank publishes its progress and reads decisions
-    alive  whether the keeper is there; once false it stays so, and every Pending has failed with KeeperLost
     """
 
     def __init__(
@@ -51,37 +43,46 @@ class KeeperClient:
         keeper_pid: int,
         process: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        self.config, self.page, self.alive = config, page, True
-        self._channel, self._process = channel, process
-        self._keeper = os.pidfd_open(keeper_pid)
-        self._keeper_pid = keeper_pid
+        """Takes over the channel and the page. Raises KeeperLost when the keeper is dead already."""
+        self.config, self.page, self._process = config, page, process
         self._lock = threading.Lock()
         self._pending: dict[SaveId, Pending] = {}
         self._reading: dict[SaveId, int] = {}  # saves whose snapshot the keeper may still read -> arena
-        self._lost = threading.Event()
         self._why = ""
         self._closing = False
-        # SimpleQueue.put may interrupt itself, so a signal handler can use it.
-        self._outgoing: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
-        # Reading and writing get a socket object each: a time-out set for one must not cut the other short.
-        self._writer_channel = Channel(channel.sock.dup())
-        self._writer_channel.sock.settimeout(config.silence_s)
-        self._threads = [
-            threading.Thread(target=self._read, name="keeper-reader", daemon=True),
-            threading.Thread(target=self._write, name="keeper-writer", daemon=True),
-        ]
-        _clients.add(self)
-        for thread in self._threads:
-            thread.start()
+        self._line = Line(
+            channel,
+            keeper_pid,
+            silence_s=config.silence_s,
+            hear=self._hear,
+            refused=self._refused,
+            lost=self._lost,
+            beat=page.beat_ns,
+        )
+        self._line.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the keeper is there; once false it stays so, and every Pending has failed with KeeperLost."""
+        return self._line.alive
+
+    @property
+    def keeper_pid(self) -> int:
+        """The keeper's process id."""
+        return self._line.keeper_pid
+
+    def wait_lost(self, deadline_s: float) -> bool:
+        """Whether the keeper is gone, within the deadline."""
+        return self._line.wait_lost(deadline_s)
 
     # ---- handing over
     def attach(self, index: int, fd: int, nbytes: int) -> None:
         """Tell the keeper of the arena `index`, in place of the one that had this number. `fd` stays the caller's."""
-        self._send({"t": "attach", "index": index, "nbytes": nbytes}, fds=(os.dup(fd),))
+        self._line.send({"t": "attach", "index": index, "nbytes": nbytes}, fds=(os.dup(fd),))
 
     def describe(self, plan_id: str, slots: Sequence[Slot]) -> None:
         """Tell the keeper how snapshots of this plan are laid out on this rank."""
-        self._send({"t": "describe", "plan_id": plan_id}, encode_slots(slots))
+        self._line.send({"t": "describe", "plan_id": plan_id}, encode_slots(slots))
 
     def seal(
         self,
@@ -131,27 +132,27 @@ class KeeperClient:
             pending.fail(self._loss(save))
             return pending
         body = {"plan_id": plan_id, "arena": arena, "values": table, "facts": encode_facts(facts)}
-        self._send(save.body("seal") | body, blob)
+        self._line.send(save.body("seal") | body, blob)
         return pending
 
     def void(self, step: int, nonce: str, error: ResilientError) -> None:
         """Give this save up on all ranks, with this error (a torn snapshot, say)."""
-        self._send(SaveId(step, nonce).body("void") | {"error": error.to_wire()})
+        self._line.send(SaveId(step, nonce).body("void") | {"error": error.to_wire()})
 
     def arena_free(self, index: int) -> bool:
         """Whether the keeper no longer reads this arena: it may be written again."""
         with self._lock:
             if index not in self._reading.values():
                 return True
-        return not self.alive and self._keeper_is_dead()
+        return not self.alive and self._line.keeper_is_dead()
 
     def request(self, kind: str) -> None:
         """Ask for a decision ("save" or "stop") of all ranks; it comes through `page.decision_at`. Signal-safe."""
-        self._outgoing.put(({"t": "request", "kind": kind}, b"", ()))
+        self._line.send({"t": "request", "kind": kind})
 
     def hurry(self) -> None:
         """Somebody waits: what is still to be encoded gets normal priority."""
-        self._send({"t": "hurry"})
+        self._line.send({"t": "hurry"})
 
     def close(self, deadline_s: float = 60.0) -> None:
         """Let the keeper finish what is sealed, at most `deadline_s` seconds, and let go of it.
@@ -168,73 +169,20 @@ class KeeperClient:
             if not save.wait(max(0.0, until - time.monotonic())):
                 break
         self._closing = True
-        self._send({"t": "bye"})
-        self._outgoing.put(None)
-        self._threads[1].join(max(0.1, until - time.monotonic()))
+        self._line.say_last({"t": "bye"}, max(0.1, until - time.monotonic()))
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, until - time.monotonic()))
-        self._lose("this rank closed its connection")
-        for thread in self._threads:
-            thread.join(2 * _TICK_S)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                _close_all((self._outgoing.get_nowait() or ({}, b"", ()))[2])
-        self._channel.close()
-        self._writer_channel.close()
-        os.close(self._keeper)
-        self._keeper = -1
+        self._line.end("this rank closed its connection")
+        self._line.close()
         self.page.close()
 
-    def forget(self) -> None:
-        """In a forked child: this connection is the parent's."""
-        self.alive = False
-        self._channel.sock.close()
-        self._writer_channel.sock.close()
-
-    # ---- threads
-    def _send(self, body: Json, blob: bytes = b"", fds: tuple[int, ...] = ()) -> None:
-        if self.alive:
-            self._outgoing.put((body, blob, fds))
-        else:
-            _close_all(fds)
-
-    def _write(self) -> None:
-        while (item := self._outgoing.get()) is not None:
-            body, blob, fds = item
-            try:
-                if self.alive:
-                    self._writer_channel.send(body, blob, fds)
-            except (ChannelClosed, TimedOut) as error:
-                self._lose(error.what)
-            except WireError as error:  # too large a frame: this save fails, the connection is whole
-                self._refuse(body, error)
-            finally:
-                _close_all(fds)
-
-    def _read(self) -> None:
-        beat, silent_s, channel = 0, 0.0, self._channel
-        while not self._lost.is_set():
-            try:
-                message = channel.receive(_TICK_S)
-                self._hear(message)
-                silent_s = 0.0
-            except TimedOut:
-                # Counted in own ticks: when the whole machine was frozen, nobody is to blame.
-                now = self.page.beat_ns()
-                silent_s = 0.0 if now != beat else silent_s + _TICK_S
-                beat = now
-                if silent_s >= self.config.silence_s:
-                    self._end_keeper()
-                    self._lose(f"it showed no sign of life for {silent_s:g} s and was killed")
-            except WireError as error:
-                self._lose(error.what)
-
+    # ---- called by the line
     def _hear(self, message: Message) -> None:
         kind = message.body.get("t")
         message.drop()
         if kind == "lost":
-            self._lose(str(message.body.get("what", "")))
+            self._line.end(str(message.body.get("what", "")))
             return
         save = SaveId(message.number("step"), message.text("nonce"))
         with self._lock:
@@ -252,9 +200,9 @@ class KeeperClient:
         elif kind == "failed":
             pending.fail(ResilientError.from_wire(message.body.get("error") or {}))
 
-    def _refuse(self, body: Json, error: WireError) -> None:
+    def _refused(self, body: Json, error: WireError) -> None:
         if body.get("t") != "seal":
-            self._lose(error.what)
+            self._line.end(error.what)
             return
         save = SaveId(body["step"], body["nonce"])
         self.void(save.step, save.nonce, error)
@@ -264,52 +212,18 @@ class KeeperClient:
         if pending is not None:
             pending.fail(error)
 
-    def _lose(self, why: str) -> None:
+    def _lost(self, why: str) -> None:
         with self._lock:
-            if self._lost.is_set():
-                return
-            self.alive, self._why = False, why
-            self._lost.set()
+            self._why = why
             lost, self._pending = self._pending, {}
         for save, pending in lost.items():
             pending.fail(self._loss(save))
-        with contextlib.suppress(OSError):
-            self._channel.sock.shutdown(socket.SHUT_RDWR)
-        self._outgoing.put(None)
         if self._process is not None:
             self._process.poll()  # so that a dead keeper does not stay a zombie
 
     def _loss(self, save: SaveId) -> KeeperLost:
         return KeeperLost(
-            f"the keeper of node {self.config.node} (process {self._keeper_pid}) is gone: {self._why}",
+            f"the keeper of node {self.config.node} (process {self.keeper_pid}) is gone: {self._why}",
             where=f"step {save.step}",
             next="the next save starts another keeper; whether this step was committed, the log says",
         )
-
-    def _end_keeper(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            signal.pidfd_send_signal(self._keeper, signal.SIGKILL)
-
-    def _keeper_is_dead(self) -> bool:
-        if self._keeper < 0:
-            return True
-        poll = select.poll()
-        poll.register(self._keeper, select.POLLIN)
-        return bool(poll.poll(0))
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-_clients: weakref.WeakSet[KeeperClient] = weakref.WeakSet()
-
-
-def _forget_in_child() -> None:
-    # A forked child (a DataLoader's worker) must not keep the connection of a dead rank open.
-    for client in _clients:
-        client.forget()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -152,6 +153,10 @@ def _end_for_sure(after_s: float) -> None:
 
 def main() -> NoReturn:
     """Run one keeper; never returns."""
+    # A scheduler that ends a job signals every process of it: just then the last save must still be finished. The
+    # keeper ends when its workers have, within `linger_s`.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     control = Channel(socket.socket(fileno=int(sys.argv[1])))
     control.sock.set_inheritable(False)
     try:

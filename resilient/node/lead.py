@@ -37,6 +37,7 @@ class Lead:
             "stop": Proposer(kind="stop", nodes=set(nodes)),
         }
         self._lane = Lane(loop, "log")
+        self._clean_up = Lane(loop, "clean-up")  # of its own, so that slow deletions delay no commit
         loop.every(_TICK_S, self._tick)
         if config.save_every_s is not None:
             loop.later(config.save_every_s, self._save_time)
@@ -44,7 +45,7 @@ class Lead:
     @property
     def busy(self) -> bool:
         """Whether saves or the log are under way."""
-        return bool(self._coordinator.under_way) or self._lane.waiting > 0
+        return bool(self._coordinator.under_way) or self._lane.waiting + self._clean_up.waiting > 0
 
     # ---- what nodes say
     def hear(self, node: int, body: Json) -> None:
@@ -108,7 +109,7 @@ class Lead:
         def committed(info: CommitInfo) -> None:
             self._coordinator.committed(save)
             self._everyone(save.body("done") | {"info": asdict(info)})
-            self._lane.submit(self._committer.retain, lambda _: None, self._not_retained)
+            self._clean_up.submit(self._committer.retain, lambda _: None, self._not_retained)
 
         self._lane.submit(
             lambda: self._committer.commit(action),

@@ -48,7 +48,7 @@ class Actor:
         info = TensorInfo(name="model/w", dtype="float32", shape=(self.elements * self.config.world_size,))
         box = Box((self.elements * self.config.rank,), (self.elements,))
         self.client.describe("plan", [Slot(shard=Shard(tensor=info, box=box), offset=0)])
-        return {"pid": os.getpid(), "keeper": self.client._keeper_pid}
+        return {"pid": os.getpid(), "keeper": self.client.keeper_pid}
 
     def fill(self, step: int, arena: int = 0) -> None:
         np.frombuffer(self.arenas[arena].view, np.float32, self.elements)[:] = content(
@@ -95,7 +95,7 @@ class Actor:
 
     def wait_lost(self) -> None:
         assert self.client is not None
-        assert self.client._lost.wait(DEADLINE_S)
+        assert self.client.wait_lost(DEADLINE_S)
 
     def void(self, step: int, nonce: str, what: str) -> None:
         from resilient.errors import SnapshotTorn
@@ -172,8 +172,8 @@ class Ranks:
         """Send a command; `finish` gets what it returns."""
         self.channels[rank].send({"do": command, "with": arguments})
 
-    def finish(self, ranks: Sequence[int]) -> list[Any]:
-        """What the commands returned, serving collectives among them meanwhile."""
+    def replies(self, ranks: Sequence[int]) -> dict[int, Any]:
+        """What the commands answer, serving collectives among them meanwhile."""
         results: dict[int, Any] = {}
         while len(results) < len(ranks):
             gathered: dict[int, str] = {}
@@ -187,12 +187,25 @@ class Ranks:
                     results[rank] = body
             for rank in gathered:
                 self.channels[rank].send({"gathered": [gathered[r] for r in sorted(gathered)]})
+        for rank, body in results.items():
+            if "crashed" in body:
+                raise AssertionError(f"rank {rank}: {body['crashed']}")
+        return results
+
+    def finish(self, ranks: Sequence[int]) -> list[Any]:
+        """What the commands returned. Raises Failed."""
+        results = self.replies(ranks)
         for rank in ranks:
             if "failed" in results[rank]:
                 raise Failed(rank, ResilientError.from_wire(results[rank]["failed"]))
-            if "crashed" in results[rank]:
-                raise AssertionError(f"rank {rank}: {results[rank]['crashed']}")
         return [results[rank]["result"] for rank in ranks]
+
+    def errors(self, command: str, **arguments: Any) -> list[ResilientError]:
+        """The typed errors of a command that must fail on every rank."""
+        for rank in range(len(self.pids)):
+            self.start(rank, command, **arguments)
+        replies = self.replies(range(len(self.pids)))
+        return [ResilientError.from_wire(replies[rank]["failed"]) for rank in sorted(replies)]
 
     def each(self, command: str, ranks: Sequence[int] | None = None, **arguments: Any) -> list[Any]:
         """Run on all these ranks at once."""

@@ -192,6 +192,19 @@ def test_a_keeper_that_hangs_in_the_store_ends_by_its_deadline(run: Run, fork: F
     assert run.steps() == []
 
 
+def test_a_job_that_is_ended_by_signals_still_gets_its_last_save(run: Run, fork: Fork) -> None:
+    """As a scheduler does it: every process of the job gets the signal."""
+    ranks = fork(run.configs(1))
+    (keeper,) = ranks.connect()
+    ranks.one(0, "seal", step=1, nonce=A)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(keeper, number)
+    ranks.one(0, "result", nonce=A)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert gone(keeper, 5.0)
+    run.check(1, 1, ELEMENTS)
+
+
 def test_a_frozen_keeper_is_ended_by_its_workers(run: Run, fork: Fork) -> None:
     ranks = fork(run.configs(1, silence_s=1.5))
     (keeper,) = ranks.connect()
