@@ -96,7 +96,10 @@ def nothing_there(view: LogView, address: Address) -> ResilientError:
     url = redact(address.url)
     if not view.commits:
         said = "the log has no entries" if not view.next_slot else f"the log's {view.next_slot} entries commit nothing"
-        return NoCheckpoint(f"there is no committed step: {said}", where=url, next="check the address")
+        hint = "check the address"
+        if address.step is not None:
+            hint += f"; if the path itself ends in @{address.step}, write it as {url}@{address.step}@newest"
+        return NoCheckpoint(f"there is no committed step: {said}", where=url, next=hint)
     steps = [commit.step for commit in view.commits]
     near = sorted(sorted(steps, key=lambda step: abs(step - (address.step or 0)))[:5])
     return NoCheckpoint(

@@ -102,19 +102,18 @@ def _stored(tensor: StoredTensor) -> int:
 
 
 def _print(commit: Committed, manifest: Manifest, tensors: list[StoredTensor], values: Values, *, total: int) -> None:
-    console = show.console()
     layout = " ".join(f"{axis}={length}" for axis, length in manifest.layout.items())
-    console.print(show.plain(f"step {commit.step}  generation {commit.generation}  {show.wall(commit.entry.wall_ns)}"))
-    console.print(show.plain(f"{manifest.world_size} ranks {layout}  torch {manifest.torch or '?'}"))
-    console.print(_tensor_table(tensors))
+    show.put(show.plain(f"step {commit.step}  generation {commit.generation}  {show.wall(commit.entry.wall_ns)}"))
+    show.put(show.plain(f"{manifest.world_size} ranks {layout}  torch {manifest.torch or '?'}"))
+    show.put(_tensor_table(tensors))
     if values:
-        console.print(_value_table(values))
+        show.put(_value_table(values))
     raw, stored = sum(map(_raw, tensors)), sum(map(_stored, tensors))
     shown = f"{len(tensors)} of {total} tensors" if len(tensors) != total else f"{total} tensors"
     verdict = (
         f"{shown}, {len(values)} values, {show.size(raw)} in {show.size(stored)} {show.times(show.ratio(raw, stored))}"
     )
-    console.print(show.plain(verdict, "green"))
+    show.put(show.plain(verdict, "green"))
 
 
 def _tensor_table(tensors: list[StoredTensor]) -> Table:

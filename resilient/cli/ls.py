@@ -74,7 +74,6 @@ def _describe(store: Store, commit: Committed) -> dict[str, object]:
 
 
 def _print(url: str, steps: list[dict[str, object]], damaged: tuple[int, ...]) -> None:
-    console = show.console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("step", "generation", "ranks", "tensors", "in memory", "stored", "ratio"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -94,10 +93,10 @@ def _print(url: str, steps: list[dict[str, object]], damaged: tuple[int, ...]) -
             show.wall(step["wall_ns"]) if isinstance(step["wall_ns"], int) else "",
             show.plain(f"DAMAGED {step['problem']}", "red") if step["problem"] else show.plain(texts),
         )
-    console.print(table)
+    show.put(table)
     for slot in damaged:
-        console.print(show.plain(f"log entry {slot} is damaged and was skipped", "red"))
+        show.put(show.plain(f"log entry {slot} is damaged and was skipped", "red"))
     bad = sum(1 for step in steps if step["problem"])
     newest = f", newest {steps[-1]['step']}" if steps else ""
     verdict = f"{len(steps)} steps{newest}{f', {bad} damaged' if bad else ''}  {url}"
-    console.print(show.plain(verdict, "red" if bad or damaged or not steps else "green"))
+    show.put(show.plain(verdict, "red" if bad or damaged or not steps else "green"))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 import json
 import sys
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+_ENDLESS = 100_000  # columns: nobody wants the lines of a pipe broken
 
-def console() -> Console:
-    """The terminal, or a pipe: then unbroken plain lines."""
-    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+def put(*items: RenderableType) -> None:
+    """Print: fitted to a terminal, or as whole lines into a pipe or file."""
+    if sys.stdout.isatty():
+        Console(file=sys.stdout, highlight=False).print(*items, sep="\n")
+        return
+    text = io.StringIO()
+    Console(file=text, width=_ENDLESS, highlight=False, no_color=True).print(*items, sep="\n")
+    sys.stdout.writelines(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 
 def size(nbytes: int) -> str:

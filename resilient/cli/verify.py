@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.dump(_json(store.url, results, view.damaged, deep=arguments.deep, good=good)))
     else:
         for line in log:
-            show.console().print(show.plain(f"  {line}", "red"))
+            show.put(show.plain(f"  {line}", "red"))
     return GOOD if good else BAD
 
 
@@ -86,12 +86,11 @@ def _stored_bytes(store: Store, commit: Committed) -> int | None:
 
 
 def _print(commit: Committed, findings: tuple[Finding, ...], *, deep: bool) -> None:
-    console = show.console()
     for finding in findings:
-        console.print(show.plain(f"  {finding.where}: {finding.what}", "red"))
+        show.put(show.plain(f"  {finding.where}: {finding.what}", "red"))
     how = "every byte" if deep else "indexes and sizes (--deep reads every byte)"
     verdict = f"{len(findings)} damaged" if findings else "valid"
-    console.print(show.plain(f"step {commit.step}  {how}  {verdict}", "red" if findings else "green"))
+    show.put(show.plain(f"step {commit.step}  {how}  {verdict}", "red" if findings else "green"))
 
 
 def _json(
