@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,12 +98,12 @@ def files(config: DataConfig) -> Iterator[Path]:
     if not root.is_dir():
         raise DataMissing(f"no such file or directory: {root}", where="data.source", next="or use data.source=stdlib")
     left_out = _LEFT_OUT if config.source == "stdlib" else frozenset({"__pycache__"})
-    found = [path.relative_to(root) for path in root.rglob(config.pattern)]
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in left_out]  # not walked at all: they can be huge
+        found += [(Path(folder) / name).relative_to(root) for name in fnmatch.filter(names, config.pattern)]
     # By the hash of the name: a run that stops after some megabytes has a fair sample, not the first letters.
-    chosen = sorted(
-        (path for path in found if not left_out.intersection(path.parts)),
-        key=lambda path: hashlib.sha256(path.as_posix().encode()).digest(),
-    )
+    chosen = sorted(found, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
     if not chosen:
         raise DataMissing(f"no file matches {config.pattern}", where=str(root))
     return (root / path for path in chosen)

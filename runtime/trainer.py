@@ -57,6 +57,8 @@ def _run(config: Config, mesh: Mesh, meter: Meter) -> Outcome:
     batch, place, dtype = config.train.global_batch, mesh.place, compute_dtype(config.parallel, mesh.device)
     torch.manual_seed(config.train.seed * 1_000_003 + mesh.rank)  # dropout: each rank draws its own
 
+    share = place.share(batch)[1]  # samples of each batch that are this rank's; with none it gets one as padding
+
     text = load_text(config.data)
     model = build_model(config.model, config.parallel, mesh, config.train.seed)
     optimizer = build_optimizer(model, config.optimizer, mesh.device)
@@ -101,7 +103,7 @@ def _run(config: Config, mesh: Mesh, meter: Meter) -> Outcome:
             )
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step()
-            loss = meter.step(step, result, lr=lr, samples=samples["index"].tolist(), tokens=tokens)
+            loss = meter.step(step, result, lr=lr, samples=samples["index"][:share].tolist(), tokens=tokens)
             run.report(loss=loss, tokens=tokens)
             if _evaluation_due(config, step):
                 with run.phase("evaluate"):
