@@ -129,9 +129,11 @@ class RunLog:
         self._tell_damage(result)
         return result
 
-    def lead(self, address: str) -> Leader:
+    def lead(self, address: str, *, restored_at: int | None = None) -> Leader:
         """Claim a new epoch, which fences every other writer.
 
+        `restored_at`: next_slot of the view that this process restored from, if it has. Raises Overtaken, fencing
+        nobody, when others have committed since: a job that wakes up late must not undo what its successor did.
         Raises StoreUnsupported for a store that cannot keep writers apart (see `single_writer`); StoreUnavailable.
         Whether it is time to lead is the caller's to know: nothing here waits for the present leader to be gone.
         """
@@ -139,7 +141,7 @@ class RunLog:
         view = self.read()
         writer = Writer(view, nonce=self._around.nonce, clock_ns=self._around.clock_ns)
         failpoint("log.before_epoch")
-        self._drive(writer.claim(address))
+        self._drive(writer.claim(address, restored_at))
         return Leader(self, writer)
 
     def _check_store(self) -> None:
@@ -221,8 +223,11 @@ class Leader:
 
         `uses`: manifests of other commits whose data this one refers to. `nonce` (16 hex digits, one per save): pass
         it to be able to call again after SaveUnknown. Whether the step exists already is the caller's to ask
-        (`view.find`). Raises Fenced, OffLine, EntryInvalid: not committed, and never will be by this call;
-        EntryTooLarge; StoreUnavailable: not committed; SaveUnknown.
+        (`view.find`).
+
+        Raises Fenced (other than EpochUncertain), EntryInvalid, EntryTooLarge, StoreUnavailable: not committed, and
+        never will be by this call, so its data may be deleted. OffLine: not committed, or left behind since; the data
+        may be deleted after a drop that names the manifest. SaveUnknown, and EpochUncertain after it: delete nothing.
         """
         steps = self._writer.commit(
             generation=generation, step=step, tier=tier, manifest=manifest, uses=uses, metrics=metrics, nonce=nonce

@@ -79,12 +79,10 @@ def _unknown(facts: _Facts, generation: int) -> Objection | None:
 
 def _refers_to_dropped(facts: _Facts, commit: Commit) -> Objection | None:
     """The data may be gone already."""
-    if commit.manifest.key in facts.dropped:
-        return Objection(rule="drop", what=f"{commit.manifest.key} was dropped in {facts.dropped[commit.manifest.key]}")
-    held = {known.manifest.key: known.manifest.hash for known in (*facts.live, *facts.off_line)}
-    for used in commit.uses:
-        if held.get(used.key) != used.hash:
-            return Objection(rule="drop", what=f"it uses {used.key}, which is dropped or was never committed")
+    for ref in (commit.manifest, *commit.uses):
+        # That it was committed at all is the writer's to know: here its entry may be damaged, which must not undo ours.
+        if ref.key in facts.dropped:
+            return Objection(rule="drop", what=f"{ref.key} was dropped in slot {facts.dropped[ref.key]}")
     return None
 
 
@@ -125,12 +123,10 @@ def _leave_the_line(draft: _Draft) -> None:
 
 
 def _open(draft: _Draft, slot: int, entry: Generation) -> None:
-    restored = entry.restored
-    if restored is None and draft.live:
-        # Who opens without restoring goes on from the newest: a run that has commits is never begun again.
-        restored = draft.live[-1].state
-    step = 0 if restored is None else restored.step
-    draft.generations.append(Opened(slot=slot, restore_step=step, restored=restored, entry=entry))
+    # None is the beginning, even if commits are seen: what a damaged entry hides may differ between readers, and the
+    # writer, who had to go on from the newest, had read this very prefix.
+    step = 0 if entry.restored is None else entry.restored.step
+    draft.generations.append(Opened(slot=slot, restore_step=step, restored=entry.restored, entry=entry))
     _leave_the_line(draft)
 
 

@@ -119,9 +119,28 @@ class LogView:
             for commit in (*self.live, *self.off_line)
         )
 
+    def usable(self, manifest: Ref) -> bool:
+        """Whether a new commit may refer to this manifest's data: committed, and no damaged entry can be its drop."""
+        return any(
+            commit.manifest == manifest and all(slot < commit.slot for slot in self.damaged)
+            for commit in (*self.live, *self.off_line)
+        )
+
     def may_delete(self, manifest: Ref) -> bool:
         """Whether the data under this manifest are condemned and used by nothing else."""
         return manifest.key in self.dropped and not self.in_use(manifest)
+
+    def is_orphan(self, prefix: str, epoch: int) -> bool:
+        """Whether the data of one attempt, `data/<generation>/<step>/<nonce>`, can never become a commit's.
+
+        To be asked by the leader of `epoch` with all entries up to its own read: attempts under a generation opened
+        before that epoch and not committed by then are lost. Never so while a damaged entry may be their commit.
+        """
+        generation = prefix.split("/")[1]
+        inside = prefix.rstrip("/") + "/"
+        named = (ref for commit in (*self.live, *self.off_line) for ref in (commit.manifest, *commit.entry.uses))
+        old = generation.isdigit() and int(generation) < epoch <= self.next_slot - 1
+        return old and not self.damaged and not any(ref.key.startswith(inside) for ref in named)
 
 
 EMPTY = LogView()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from resilient.errors import EntryInvalid, EpochUncertain, Fenced, OffLine
+from resilient.errors import EntryInvalid, EpochUncertain, Fenced, OffLine, Overtaken
 from resilient.log.entries import MAX_ENTRY_BYTES, Base, Commit, Drop, Entry, Epoch, Generation, Ref, State
 from resilient.log.envelope import digest
 from resilient.log.protocol import HINT_KEY, Position, Put, PutIfAbsent, Steps, catch_up, hint_bytes
@@ -38,10 +38,24 @@ class Writer(Position):
         self.epoch = -1  # none claimed yet
         self._nonce, self._clock_ns = nonce, clock_ns
 
-    def claim(self, address: str) -> Steps[int]:
-        """Append an epoch; from here on every older one is fenced. Returns its number."""
+    def claim(self, address: str, restored_at: int | None = None) -> Steps[int]:
+        """Append an epoch; from here on every older one is fenced. Returns its number.
+
+        `restored_at` is the next_slot of the view that this process restored from. Raises Overtaken, and writes
+        nothing, if a commit stands behind it: going on from before it would take it off the line.
+        """
         entry = Epoch(nonce=self._nonce(), address=address, wall_ns=self._clock_ns())
-        self.epoch = yield from self.append(lambda _: entry)
+
+        def make(view: LogView) -> Entry:
+            behind = [known.step for known in view.live if restored_at is not None and known.slot >= restored_at]
+            if behind:
+                raise Overtaken(
+                    f"step {max(behind)} was committed by others since this process restored (log slot {restored_at})",
+                    next="if they are gone, start again: it restores what they saved",
+                )
+            return entry
+
+        self.epoch = yield from self.append(make)
         return self.epoch
 
     def check(self, view: LogView) -> None:
@@ -112,7 +126,8 @@ class Writer(Position):
     ) -> Steps[int]:
         """Append a commit, or find the one that an earlier call with the same nonce and manifest appended.
 
-        Returns its slot. Raises Fenced, OffLine, EntryInvalid; OutcomeUnknown when it may or may not be there.
+        Returns its slot. Raises Fenced, OffLine, EntryInvalid (also for `uses` that view.usable denies);
+        OutcomeUnknown when it may or may not be there.
         """
         nonce = nonce or self._nonce()
         wall_ns = self._clock_ns()
@@ -128,15 +143,21 @@ class Writer(Position):
                     f"a damaged entry may hide that step {step} of generation {generation} was left behind",
                     next="open a new generation",
                 )
+            lost = [used.key for used in uses if not view.usable(used)]
+            if lost:
+                raise EntryInvalid(f"it uses {lost[0]}, which is or may be dropped", next="write those data again")
             return Commit(
                 epoch=self.epoch, nonce=nonce, generation=generation, step=step, restore_step=opened.restore_step,
                 tier=tier, manifest=manifest, uses=tuple(uses), metrics=numbers, wall_ns=wall_ns,
             )  # fmt: skip
 
         def find_or_make(view: LogView) -> Entry | int:
-            for known in (*view.live, *view.off_line):
+            for known in view.live:
                 if known.entry.nonce == nonce and known.manifest == manifest:
                     return known.slot  # written by a call whose outcome was unknown
+            for known in view.off_line:
+                if known.manifest == manifest:  # written so too, and left behind since
+                    raise OffLine(f"step {step} was committed in slot {known.slot}, and left behind since")
             return self.checked(make)(view)
 
         return (yield from self.append(find_or_make))
