@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from resilient.checkpoint.codec import STORED_FORMS
+from resilient.checkpoint.format import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MAX_NAME_BYTES
+from resilient.checkpoint.index import FOOTER, MAX_BLOCK_BYTES
+from resilient.checkpoint.items import ITEM_BYTES
 from resilient.checkpoint.reader import open_checkpoint
 from resilient.checkpoint.verify import verify
 from resilient.log.entries import Ref
@@ -80,3 +85,18 @@ def test_a_reader_made_from_the_specification_alone_reads_the_same(run):
 
 def test_the_second_reader_imports_nothing_of_the_project():
     assert "resilient" not in (GOLDEN / "independent_reader.py").read_text().replace("resilient-checkpoint", "")
+
+
+def test_the_specification_names_every_dtype_form_and_bound():
+    text = (GOLDEN.parents[1] / "docs" / "checkpoint-format.md").read_text()
+    for row in text.split("## Dtypes")[1].split("##")[0].splitlines():
+        if row.startswith("| ") and row[2].isdigit():
+            size = int(row.split("|")[1])
+            assert set(re.findall(r"`(\w+)`", row)) == {dtype for dtype, n in ITEM_BYTES.items() if n == size}
+    for form in STORED_FORMS:
+        assert f"\n`{form}`: " in text
+    assert f"above {MAX_CHUNK_BYTES >> 20} MiB" in text
+    assert f"{MAX_BLOCK_BYTES >> 10} KiB at most" in text
+    assert f"Names have 1 to {MAX_NAME_BYTES} bytes" in text
+    assert f"at most {MAX_MANIFEST_BYTES >> 20} MiB" in text
+    assert f"footer, {FOOTER.size} bytes" in text
