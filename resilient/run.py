@@ -12,6 +12,7 @@ from resilient.cadence import Cost, Plan, assumed_mtbf
 from resilient.checkpointer import Checkpointer
 from resilient.errors import Fenced, LoopMisused, Preempted
 from resilient.node.client import Pending
+from resilient.sampler import Sampler
 from resilient.signals import StopSignals
 from storage.errors import ResilientError
 
@@ -57,6 +58,7 @@ class Run:
         self._save_asked = False  # by the loop's body, for the end of this step
         self._cost: Cost | None = None  # of the last save that was committed
         self._closed = False
+        self._samplers = [value for value in state.values() if isinstance(value, Sampler)]
         self._stop = StopSignals()
         self.hooks_s = 0.0  # time spent in our own code at step boundaries, saves not counted
 
@@ -91,6 +93,8 @@ class Run:
             raise LoopMisused("end_step() without begin_step()", next="call begin_step() first, or use run.steps(n)")
         self._inside = False
         self.step += 1
+        for sampler in self._samplers:
+            sampler.end_step()
         kind = self._boundary()
         self.hooks_s += time.perf_counter() - begun_s
         if kind is not None:

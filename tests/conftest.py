@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3 import s3_server, s3_url  # noqa: F401  (fixtures)
 from tests.worlds import Handle, Template, World
 
 

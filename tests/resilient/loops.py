@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import resilient
-from tests.resilient.training import digests, join, make_state, tokens_of, train_step
+from tests.resilient.training import digest, digests, join, make_state, tokens_of, train_step
 from tests.template import Rank
 
 
@@ -61,6 +61,38 @@ def train(
         "digests": digests(state),
         "rng": rng_digest(),
     }
+
+
+class Tokens(torch.utils.data.Dataset[torch.Tensor]):
+    """Sequences that depend on their index only."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return tokens_of(index)[0]
+
+
+def train_from_loader(
+    rank: Rank, *, url: str, layout: str, total: int, workers: int, stop_at: int | None = None, counted: bool = True
+) -> dict[str, Any]:
+    """As `train`, with batches out of a DataLoader whose order is a Sampler's."""
+    join(rank)
+    state = make_state(layout, seed=1)
+    sampler = resilient.Sampler(50, global_batch=4, seed=7)
+    loader = sampler.loader(Tokens(), num_workers=workers)
+    torch.manual_seed(100 + rank.rank)
+    seen = []
+    with resilient.context(url, state={**state, "data": sampler}, every=resilient.Every(steps=2)) as run:
+        began = run.step
+        batches = sampler.batches(loader) if counted else iter(loader)
+        for step in run.steps(total):
+            tokens = next(batches)
+            train_step(state, tokens)
+            seen.append(digest(tokens))
+            if step == stop_at and rank.rank == 0:
+                run.stop()
+    return {"began": began, "seen": seen, "digests": digests(state), "rng": rng_digest(), "consumed": sampler.consumed}
 
 
 def acknowledge(rank: Rank, *, url: str, layout: str, total: int) -> int:

@@ -40,6 +40,24 @@ def test_a_stopped_and_restored_run_is_bit_identical_to_an_undisturbed_one(
         assert again[rank]["losses"] == after
 
 
+@pytest.mark.parametrize("counted", [True, False], ids=["batches(loader)", "iter(loader)"])
+def test_dropout_scheduler_and_a_loader_with_two_workers_go_on_bit_for_bit(
+    world: Make, tmp_path: Path, *, counted: bool
+) -> None:
+    loop = "tests.resilient.loops:train_from_loader"
+    common = {"layout": "fsdp2", "total": 20, "workers": 2, "counted": counted}
+    twin = world(2).run(loop, url=str(tmp_path / "twin"), **common)
+    first = world(2).start(loop, url=str(tmp_path / "run"), stop_at=4, **common)
+    assert {outcome.status for outcome in first.outcomes(60)} == {75}
+    again = world(2).run(loop, url=str(tmp_path / "run"), **common)
+    for rank in range(2):
+        assert 5 <= again[rank]["began"] < 20
+        assert again[rank]["seen"] == twin[rank]["seen"][again[rank]["began"] :]
+        assert again[rank]["digests"] == twin[rank]["digests"]
+        assert again[rank]["rng"] == twin[rank]["rng"]
+        assert again[rank]["consumed"] == 80
+
+
 def test_the_end_of_steps_is_saved_and_committed_when_the_context_is_left(world: Make, tmp_path: Path) -> None:
     world(1).run(TRAIN, url=str(tmp_path), layout="dp1", total=5, every=2)
     assert committed(tmp_path) == [2, 4, 5]

@@ -124,24 +124,28 @@ def digests(state: dict[str, Any]) -> dict[str, str]:
     return {**found, "groups": repr(groups), "scheduler": repr(state["scheduler"].state_dict())}
 
 
-def save_one(rank: Rank, *, url: str, layout: str, steps: int = 2) -> dict[str, str]:
+def save_one(
+    rank: Rank, *, url: str, layout: str, steps: int = 2, options: dict[str, Any] | None = None
+) -> dict[str, str]:
     """Train a little in `layout`, save, and say what was saved."""
     join(rank)
     state = make_state(layout, seed=rank.size)
     for step in range(steps):
         train_step(state, tokens_of(step))
-    with resilient.Checkpointer(url) as checkpointer:
+    with resilient.Checkpointer(url, storage_options=options) as checkpointer:
         checkpointer.save(steps, state).result(30)
     return digests(state)
 
 
-def restore_many(rank: Rank, *, urls: dict[str, str], layout: str) -> dict[str, dict[str, str]]:
+def restore_many(
+    rank: Rank, *, urls: dict[str, str], layout: str, options: dict[str, Any] | None = None
+) -> dict[str, dict[str, str]]:
     """Restore each checkpoint into a fresh state of `layout`, and say what came."""
     join(rank)
     found = {}
     for source, url in urls.items():
         state = make_state(layout, seed=99)
-        with resilient.Checkpointer(url) as checkpointer:
+        with resilient.Checkpointer(url, storage_options=options) as checkpointer:
             assert checkpointer.restore(state) == 2
         found[source] = digests(state)
     return found

@@ -13,7 +13,7 @@ from storage.memory import MemoryStore
 from storage.objects import ObjectStore
 from storage.retry import RetryingStore, RetryPolicy
 from storage.store import Store
-from tests.storage.conftest import S3Server
+from tests.s3 import S3Server
 from tests.storage.contract import SharedStoreContract, StoreContract
 from tests.storage.faulty import FlakyStore
 

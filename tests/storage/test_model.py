@@ -15,7 +15,7 @@ from storage.errors import KeyExists, KeyMissing, RangeMissing, TooLarge
 from storage.local import LocalStore
 from storage.memory import MemoryStore
 from storage.store import Store
-from tests.storage.conftest import BUCKET, S3Server
+from tests.s3 import BUCKET, S3Server
 from tests.storage.faulty import FlakyStore
 from tests.storage.test_contract import retrying
 

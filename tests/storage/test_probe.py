@@ -7,7 +7,7 @@ from storage.memory import MemoryStore
 from storage.objects import ObjectStore
 from storage.probe import probe_put_if_absent
 from storage.store import Data
-from tests.storage.conftest import S3Server
+from tests.s3 import S3Server
 
 
 class Overwriting(MemoryStore):

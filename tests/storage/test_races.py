@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.open import open_store
-from tests.storage.conftest import S3Server
+from tests.s3 import S3Server
 
 PROCESSES = 3
 

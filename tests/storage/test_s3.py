@@ -24,7 +24,7 @@ from storage.errors import (
 from storage.open import open_store
 from storage.retry import RetryingStore, RetryPolicy
 from storage.s3 import S3Store
-from tests.storage.conftest import BUCKET, S3Server, options
+from tests.s3 import BUCKET, S3Server, options
 from tests.storage.contract import OPERATIONS, READS
 from tests.storage.http_faults import Answering, listening, losing_replies, silent
 from tests.storage.processes import python

@@ -1,3 +1,5 @@
+"""An S3 server for tests, and addresses on it."""
+
 from __future__ import annotations
 
 import subprocess
@@ -45,7 +47,7 @@ def options(endpoint: str, **config: object) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """moto's server, started once, with one bucket."""
-    script = Path(__file__).with_name("s3_server.py")
+    script = Path(__file__).parent / "storage" / "s3_server.py"
     process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
