@@ -27,4 +27,6 @@ def write_text(model: nn.Module, config: OutputConfig, mesh: Mesh, *, window: in
             tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
         else:
             tokens.append(int(logits.argmax()))
-    return bytes(token for token in tokens if 0 < token < 256).decode(errors="replace")
+    written = bytes(token for token in tokens if token < 256).decode(errors="replace")
+    # An untrained model writes control characters, which a terminal would obey.
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in written)
