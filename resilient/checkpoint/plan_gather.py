@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,7 +44,7 @@ def gather(ranks: Sequence[RankState]) -> Holdings:
     """Bring the ranks' shards together.
 
     Costs a fraction of a microsecond per shard, in Python; everything after that is done once per distinct layout.
-    Boxes that overlap in part are cut, so that each element keeps all its holders of one box.
+    Boxes that overlap in part are cut.
 
     Raises ShardsDisagree when ranks describe a tensor differently, or when elements have no holder.
     """
@@ -134,10 +134,9 @@ def _layout(info: TensorInfo, held: Sequence[Box], box: Ints, rank: Ints, sets: 
         held[low]: np.unique(rank[low:high]) for low, high in itertools.pairwise(cuts) if low < high and held[low].size
     }
     parts = sorted(holders)
-    owner = {part: part for part in parts}
     if not _is_grid(parts, info.shape):
-        owner = _partition(parts)
-        parts = sorted(owner)
+        holders = _cut(holders)
+        parts = sorted(holders)
         gaps = missing(parts, whole(info.shape))
         if gaps:
             raise ShardsDisagree(
@@ -146,7 +145,7 @@ def _layout(info: TensorInfo, held: Sequence[Box], box: Ints, rank: Ints, sets: 
                 where=info.name,
                 next="save from every rank that holds a part of the model, each with its own part",
             )
-    numbers = [sets.setdefault(holders[owner[part]].astype(np.int64).tobytes(), len(sets)) for part in parts]
+    numbers = [sets.setdefault(holders[part].astype(np.int64).tobytes(), len(sets)) for part in parts]
     return Layout(
         boxes=tuple(parts),
         sets=np.asarray(numbers, np.int64),
@@ -171,15 +170,20 @@ def _is_grid(parts: Sequence[Box], shape: tuple[int, ...]) -> bool:
     return cells == len(parts) and math.prod(shape) > 0
 
 
-def _partition(parts: Sequence[Box]) -> dict[Box, Box]:
-    """Disjoint boxes with the same union, and the box that each was cut from; larger boxes stay whole."""
-    owner: dict[Box, Box] = {}
-    if sum(part.size for part in parts) == _union_size(parts):
-        return {part: part for part in parts}
-    for part in sorted(parts, key=lambda b: (-b.size, b)):
-        for left in missing(owner, part):
-            owner[left] = part
-    return owner
+def _cut(holders: Mapping[Box, Ints]) -> dict[Box, Ints]:
+    """Disjoint boxes with the same union, each with all ranks that hold it; smaller boxes stay whole.
+
+    Quadratic in the number of distinct boxes, where some overlap in part; those that do not come back as they are.
+    """
+    if sum(box.size for box in holders) == _union_size(list(holders)):
+        return dict(holders)
+    parts: list[Box] = []
+    for box in sorted(holders, key=lambda b: (b.size, b)):
+        parts += missing(parts, box)
+    return {
+        part: np.unique(np.concatenate([who for box, who in holders.items() if box.overlap(part) == part]))
+        for part in parts
+    }
 
 
 def _union_size(parts: Sequence[Box]) -> int:

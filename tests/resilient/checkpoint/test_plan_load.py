@@ -72,6 +72,15 @@ def test_neighbouring_chunks_become_one_read_up_to_its_limit():
     assert plan.read_bytes == plan.wanted_bytes == info.nbytes
 
 
+def test_gaps_are_bridged_only_while_most_of_a_read_is_needed():
+    """Ten small chunks, each a bridgeable gap apart: read as one, 90% of it would be for nothing."""
+    info = TensorInfo(name="w", dtype="float32", shape=(100,))
+    chunks = tuple(record(Box((i * 10,), (10,)), 40, offset=i * 400) for i in range(10))
+    plan = plan_load({"w": StoredTensor(info=info, chunks=chunks)}, [Shard(tensor=info, box=Box((0,), (100,)))],
+                     max_gap_bytes=400)  # fmt: skip
+    assert [(len(read.uses), read.nbytes) for read in plan.reads] == [(2, 440)] * 5
+
+
 def test_a_chunk_that_two_shards_want_is_read_once():
     stored = stored_as(whole(INFO.shape))
     wanted = [Shard(tensor=INFO, box=Box((0, 0), (3, 6))), Shard(tensor=INFO, box=Box((2, 1), (4, 2)))]

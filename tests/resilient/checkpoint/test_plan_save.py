@@ -124,6 +124,26 @@ def test_tensors_replicated_over_different_axes_level_out():
     assert max(plan.bytes_by_rank) <= 1.05 * 2 * 768 * 768 * 4 / 4
 
 
+def test_a_surplus_at_one_end_of_a_chain_of_replicas_is_passed_on_to_the_other():
+    """Rank i shares one tensor with rank i+1 only: each pair must give way for the one after it, again and again."""
+    shares = [part(f"t{i}", (n := 8000 if i == 6 else 1000, 1024), (0, 0), (n, 1024)) for i in range(7)]
+    ranks = [state(r, *(shares[i] for i in (r - 1, r) if 0 <= i < 7)) for r in range(8)]
+    least = lightest_possible(ranks, lambda key: key[1].size * 4)
+    assert max(plan_save(ranks).bytes_by_rank) <= 1.05 * least
+
+
+def test_a_line_longer_than_a_share_is_cut_inside():
+    ranks = [state(rank, part("w", (3, 1 << 20), (0, 0), (3, 1 << 20))) for rank in range(2)]
+    assert max(plan_save(ranks).bytes_by_rank) <= 1.05 * 3 * (1 << 20) * 4 / 2
+
+
+def test_who_holds_all_and_those_who_hold_parts_share_the_work():
+    shape = (4000, 1024)
+    quarters = [state(1 + i, part("w", shape, (1000 * i, 0), (1000, 1024))) for i in range(3)]
+    plan = plan_save([state(0, part("w", shape, (0, 0), shape)), *quarters])
+    assert max(plan.bytes_by_rank) <= 1.05 * 4000 * 1024 * 4 / 4
+
+
 def test_one_huge_tensor_is_divided_between_its_replicas_along_lines():
     ranks = [state(rank, part("w", (1000, 4096), (0, 0), (1000, 4096))) for rank in range(8)]
     plan = plan_save(ranks)
@@ -169,6 +189,7 @@ def test_an_assignment_gives_each_byte_to_one_member(items, grain):
         assert [low for low, _, _ in cuts] == [0, *(high for _, high, _ in cuts[:-1])]
         assert cuts[-1][1] == n
         assert {rank for _, _, rank in cuts} <= set(sets[number])
+        assert (len(cuts) == 1) == (found.rank[index] >= 0), "a whole item is not a cut"
     assert found.loads.sum() == nbytes.sum()
 
 
@@ -185,6 +206,32 @@ def test_a_tensor_without_elements_is_known_through_its_lowest_holder():
     empty = part("e", (0, 4), (0, 0), (0, 4))
     plan = plan_save([state(0), state(1, empty), state(2, empty)])
     assert list(plan.shards) == [(), (empty,), ()]
+
+
+def test_an_empty_tensors_speaker_gives_a_box_of_its_own():
+    def empty(name, column):
+        return part(name, (0, 2), (0, column), (0, 1))
+
+    # The box at column 1 is known from rank 0's other tensor before rank 0's own box of t is.
+    plan = plan_save([state(0, empty("s", 1), empty("t", 0)), state(1, empty("t", 1))])
+    assert list(plan.shards) == [(empty("s", 1), empty("t", 0)), ()]
+
+
+def test_the_same_box_is_not_enough_for_a_larger_tensor():
+    """Tensors share a layout only if their shapes are equal too."""
+    with pytest.raises(ShardsDisagree, match=r"no rank holds \[4:8\] of 'b'"):
+        plan_save([state(0, part("a", (4,), (0,), (4,)), part("b", (8,), (0,), (4,)))])
+
+
+def test_boxes_on_the_diagonal_leave_holes():
+    """Their intervals cover each dim, and yet half of the cells of the grid have no holder."""
+    with pytest.raises(ShardsDisagree, match=r"no rank holds \[0:2, 2:4\]"):
+        plan_save([state(rank, part("w", (4, 4), (2 * rank, 2 * rank), (2, 2))) for rank in range(2)])
+
+
+def test_an_overlap_does_not_make_up_for_a_hole_of_its_size():
+    with pytest.raises(ShardsDisagree, match=r"no rank holds \[3:4\]"):
+        plan_save([state(rank, part("w", (4,), (rank,), (2,))) for rank in range(2)])
 
 
 def test_elements_without_a_holder_are_refused_with_their_place():
