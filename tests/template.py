@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -39,6 +40,9 @@ PRELOAD = (
     "torch.distributed.device_mesh",
     "torch.nn.parallel",
     "torch.utils.data",
+    "torch._dynamo",  # what DDP and optimizers import when they are made, 1 s
+    "xxhash",
+    "zstandard",
     "pytest",
 )
 
@@ -255,6 +259,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test session's; its end is seen on the socket
     for name in PRELOAD:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in the ranks leave these pages alone, so they stay shared
     threads = sum(1 for _ in Path("/proc/self/task").iterdir())
     control.send(json.dumps({"ready": os.getpid(), "threads": threads}).encode())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended supervisors, and orphans of theirs, need no reaping

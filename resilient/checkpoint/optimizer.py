@@ -19,9 +19,8 @@ Names = Mapping[int, tuple[str, ...]]
 """id of a parameter -> its full names in the state ("model/layers.0.weight"); more than one if it is tied."""
 
 OPTIONS = "@options"
-_NOT_OPTIONS = frozenset({"params", "param_names"})
-_HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Options that choose an implementation: they belong to the program that runs, not to the state."""
+_NOT_STATE = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+"""What a group holds beside options: its parameters, and how (not what) the running program computes."""
 _ON_HOST = frozenset({"step", "mu_product", "eta", "mu"})
 """Scalars that torch keeps on the CPU unless the implementation needs them on the device."""
 _OPTION_ELEMENTS_MAX = 64
@@ -35,7 +34,7 @@ def save_optimizer(key: str, optimizer: torch.optim.Optimizer, names: Names, sav
     _check_kind(key, optimizer)
     for number, group in enumerate(optimizer.param_groups):
         where = f"{key}.param_groups[{number}]"
-        options = {name: _plain(value, where) for name, value in group.items() if name not in _NOT_OPTIONS}
+        options = {name: _plain(value, where) for name, value in group.items() if name not in _NOT_STATE}
         encoded = values.encode(options, where=where)
         for parameter in group["params"]:
             name = f"{key}/{_name_of(parameter, names, key, number)[0]}"
@@ -178,7 +177,7 @@ def _load_options(
 
     def put() -> None:
         for name, value in first.items():
-            if name not in _HOW_NOT_WHAT:
+            if name not in _NOT_STATE:
                 group[name] = _revived(group.get(name, ABSENT), value)
 
     loading.later(3, put)
