@@ -20,6 +20,7 @@ from storage.errors import KeyExists, OutcomeUnknown, StoreError, StoreFailed, S
 HINT_KEY = "log/hint"
 MAX_WINDOW = 64  # slots read at once
 MAX_BASES_TRIED = 4
+LOOK_AHEAD = 8  # slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,20 +85,25 @@ def understood(data: bytes, slot: int) -> Entry | None:
 
 
 # ---- reading
-def hint_bytes(base: int) -> bytes:
-    """The hint object: where a reader may start."""
-    return seal({"v": 1, "kind": "hint", "base": base})
+def hint_bytes(base: int | None, seen: int) -> bytes:
+    """The hint object: where a reader may start, and how many slots its writer has seen filled."""
+    return seal({"v": 1, "kind": "hint", "base": base, "seen": seen})
 
 
-def _hinted_base() -> Steps[int | None]:
+def _hint() -> Steps[tuple[int | None, int]]:
+    """The hinted base, and how many slots must exist: a lost tail would else pass for the end of the log."""
     (data,) = yield from _get([HINT_KEY], MAX_ENTRY_BYTES)
     if data is None:
-        return None
+        return None, 0
     try:
-        base = unseal(data, HINT_KEY).get("base")
+        body = unseal(data, HINT_KEY)
     except LogDamaged:
-        return None
-    return base if type(base) is int and base >= 0 else None
+        return None, 0
+    base, seen = body.get("base"), body.get("seen")
+    return (
+        base if type(base) is int and base >= 0 else None,
+        seen if type(seen) is int and seen >= 0 else 0,
+    )
 
 
 def _summed_up(base: Base) -> Steps[LogView | None]:
@@ -116,8 +122,7 @@ def _summed_up(base: Base) -> Steps[LogView | None]:
 
 def _start() -> Steps[tuple[LogView, int]]:
     """Where to start reading, and how many slots are known to exist; slot 0 if no base can be used."""
-    slot = yield from _hinted_base()
-    seen = 0
+    slot, seen = yield from _hint()
     for _ in range(MAX_BASES_TRIED):
         if slot is None:
             break
@@ -125,7 +130,6 @@ def _start() -> Steps[tuple[LogView, int]]:
         entry = None if data is None else understood(data, slot)
         if not isinstance(entry, Base) or entry.upto > slot:
             break
-        seen = max(seen, slot + 1)
         view = yield from _summed_up(entry)
         if view is not None:
             return view, seen
@@ -154,9 +158,20 @@ def catch_up(view: LogView, seen: int = 0) -> Steps[LogView]:
 
 
 def read_all() -> Steps[LogView]:
-    """The view of the whole log, from the hinted base on, or from slot 0."""
+    """The view of the whole log, from the hinted base on, or from slot 0.
+
+    Slots are filled in order and never emptied, so one that is missing before another that exists was lost: that is
+    LogDamaged, never the end. Looks some slots ahead for such a one.
+    """
     view, seen = yield from _start()
-    return (yield from catch_up(view, seen))
+    while True:
+        view = yield from catch_up(view, seen)
+        ahead = range(view.next_slot + 1, view.next_slot + 1 + LOOK_AHEAD)
+        found = yield from _get([slot_key(slot) for slot in ahead], MAX_ENTRY_BYTES)
+        filled = [slot for slot, data in zip(ahead, found, strict=True) if data is not None]
+        if not filled:
+            return view
+        seen = filled[-1] + 1  # appended while we read, or the slot before it is gone: reading on tells
 
 
 # ---- appending

@@ -183,9 +183,10 @@ class Writer(Position):
         return slot
 
     def sum_up(self, every: int = BASE_EVERY) -> Steps[bool]:
-        """Write a base and the hint if `every` entries have come since the last base; whether it did."""
+        """Write the hint, and before it a base if `every` entries have come since the last; whether it wrote a base."""
         view = self.view
         if view.next_slot - (view.last_base or 0) < every:
+            yield Put(key=HINT_KEY, data=hint_bytes(view.last_base, view.next_slot))
             return False
         summary, nonce = encode_summary(view), self._nonce()
         ref = Ref(key=base_key(view.next_slot, nonce), hash=digest(summary), size=len(summary))
@@ -195,7 +196,7 @@ class Writer(Position):
             return Base(epoch=self.epoch, nonce=nonce, summary=ref, upto=view.next_slot, previous=now.last_base)
 
         slot = yield from self.append(self.checked(make))
-        yield Put(key=HINT_KEY, data=hint_bytes(slot))
+        yield Put(key=HINT_KEY, data=hint_bytes(slot, slot + 1))
         return True
 
 

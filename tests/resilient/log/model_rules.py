@@ -15,7 +15,7 @@ from resilient.log.protocol import Filled, PutIfAbsent, Wait, slot_key
 from resilient.log.summary import decode_summary
 from resilient.log.validity import fold
 from storage.errors import KeyExists, OutcomeUnknown, StoreUnavailable
-from tests.resilient.log.model_world import understood
+from tests.resilient.log.model_words import understood
 
 Patch = tuple[Any, str, Any]
 
@@ -151,7 +151,7 @@ def _catch_up(hole: bool) -> Callable[..., Any]:
 
 
 def _believe_the_hint() -> Any:
-    slot = yield from protocol._hinted_base()
+    slot, _ = yield from protocol._hint()
     if slot is None:
         return validity.LogView(), 0
     (data,) = yield protocol.Get(keys=(slot_key(slot),), max_bytes=MAX_ENTRY_BYTES)
@@ -185,7 +185,7 @@ RULES: dict[str, list[Patch]] = {
     # the store's one promise, and the slots
     "put if absent": [],
     "no slot is ever deleted": [],
-    "the end is the end of the dense prefix": [(protocol, "catch_up", _catch_up(hole=True))],
+    "the end is the end of the dense prefix": [(protocol, "catch_up", _catch_up(hole=True)), (protocol, "LOOK_AHEAD", 0)],
     "an error is not absence": [],
     "reading claims nothing": [],
     # appending
@@ -214,7 +214,7 @@ RULES: dict[str, list[Patch]] = {
     "a summary is named by its hash": [(protocol, "_summed_up", _believe_the_summary)],
     "a summary ends where it says": [(protocol, "_start", _start_at_the_base)],
     # damage
-    "readers skip a damaged entry": [(protocol, "catch_up", _catch_up(hole=False))],
+    "readers skip a damaged entry": [(protocol, "catch_up", _catch_up(hole=False)), (protocol, "LOOK_AHEAD", 0)],
     "damage ends an epoch": [(writer.Writer, "check", _check_epoch_only)],
     "damage ends the count of earlier snapshots": [(view.LogView, "snapshot_counts", view.LogView.on_line)],
     "entries tell of a damaged epoch": [(validity, "_older_epoch", _older_epoch_without_inference)],
