@@ -124,10 +124,12 @@ def test_tensors_replicated_over_different_axes_level_out():
     assert max(plan.bytes_by_rank) <= 1.05 * 2 * 768 * 768 * 4 / 4
 
 
-def test_a_surplus_at_one_end_of_a_chain_of_replicas_is_passed_on_to_the_other():
-    """Rank i shares one tensor with rank i+1 only: each pair must give way for the one after it, again and again."""
-    shares = [part(f"t{i}", (n := 8000 if i == 6 else 1000, 1024), (0, 0), (n, 1024)) for i in range(7)]
-    ranks = [state(r, *(shares[i] for i in (r - 1, r) if 0 <= i < 7)) for r in range(8)]
+def test_levelling_goes_on_until_little_moves():
+    """The worst of 1,500 random cases: after two rounds one rank still has 22% more than need be."""
+    holders = [(2, 5), (2, 6), (0, 1, 7), (1, 5, 6), (2, 3, 7), (2, 4, 5), (3, 4, 7), (3, 5, 6), (3, 5, 7)]
+    lines = [3000, 100, 1000, 3000, 3000, 100, 3000, 3000, 10000]
+    shards = [part(f"t{i}", (n, 1024), (0, 0), (n, 1024)) for i, n in enumerate(lines)]
+    ranks = [state(r, *(shard for shard, who in zip(shards, holders, strict=True) if r in who)) for r in range(8)]
     least = lightest_possible(ranks, lambda key: key[1].size * 4)
     assert max(plan_save(ranks).bytes_by_rank) <= 1.05 * least
 
