@@ -260,6 +260,8 @@ class Leader:
     def _sum_up(self) -> None:
         try:
             self._log._drive(self._writer.sum_up(self._log._base_every), patience_s=0)  # noqa: SLF001
-        except (StoreError, Fenced) as error:
+        except Fenced:
+            return  # the base is the new leader's to write; the next call of this one will say so
+        except StoreError as error:
             # Only makes reading faster; what was asked for is done. The next entry tries again.
             self._log._report(f"no base written: {error}")  # noqa: SLF001

@@ -18,11 +18,15 @@ from random import Random
 
 from resilient.log.entries import Epoch, Generation
 from storage.errors import ResilientError
-from tests.resilient.log.model_actors import Session, checked_read, foreign_collector, reader
+from tests.resilient.log.model_actors import checked_read, foreign_collector, reader
+from tests.resilient.log.model_process import Process
 from tests.resilient.log.model_rules import FOCUS, RULES, left_out
-from tests.resilient.log.model_world import Faults, Process, Steps, Violation, World, understood
+from tests.resilient.log.model_session import Session
+from tests.resilient.log.model_words import Faults, Steps, Violation, understood
+from tests.resilient.log.model_world import World
 
 EVENTS = 500
+MOST_EVENTS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +119,24 @@ class Scheduler:
         world.rng.shuffle(world.late)
         while world.late:
             world.carry_out(world.late.pop())
-        while self.processes:
-            self.processes[0].paused_until = 0
-            world.now += 1
-            self._step(world.rng.choice(self.processes))
+        self._until_all_have_ended()
         before = world.counts["commits"]
-        world.now += 1
         self.session(saves=8)
-        while self.processes:
-            world.now += 1
-            self._step(world.rng.choice(self.processes))
+        self._until_all_have_ended()
         if world.counts["commits"] == before:
             raise Violation("STUCK without any fault a new session cannot commit")
         world.now += 1
         last = Process(name="reader", steps=checked_read(world), dies=False)
         while not last.ended:
             last.step(world)
+
+    def _until_all_have_ended(self) -> None:
+        begun = self.world.now
+        while self.processes:
+            self.world.now += 1
+            self._step(self.world.rng.choice(self.processes))
+            if self.world.now > begun + MOST_EVENTS:
+                raise Violation(f"STUCK {MOST_EVENTS} events without any fault were not enough to end")
 
 
 def run(seed: int, without: str | None = None) -> Outcome:

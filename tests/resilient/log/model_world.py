@@ -3,80 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
-from functools import lru_cache
 from random import Random
 from typing import Any
 
 from resilient.errors import LogDamaged, TimedOut
-from resilient.log.entries import Commit, Epoch, Generation, Ref, State, decode
+from resilient.log.entries import Commit, Epoch, Generation, State
 from resilient.log.protocol import HINT_KEY, Get, Put, PutIfAbsent, Wait, slot_key
 from resilient.log.summary import decode_summary, encode_summary
 from resilient.log.validity import fold
 from resilient.log.view import EMPTY, LogView
-from storage.errors import KeyExists, OutcomeUnknown, ResilientError, StoreUnavailable
-
-
-class Violation(AssertionError):
-    """An invariant does not hold; the first word names it."""
-
-
-@dataclass(frozen=True)
-class Delete:
-    """store.delete."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class List:
-    """store.list."""
-
-    prefix: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Faults:
-    """Chances per operation; drawn per seed."""
-
-    reply_lost: float = 0.0  # carried out, and the caller is told that it is unknown
-    delayed: float = 0.0  # carried out later or never, the caller is told that it is unknown
-    repeated: float = 0.0  # carried out now and once more later
-    refused: float = 0.0  # not carried out, and the caller is told so
-    give_up: float = 0.2  # a Wait ends the caller's patience
-    crash: float = 0.0
-    pause: float = 0.0
-    damage: float = 0.0
-    hint_damage: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What the ranks of one generation go on from, and since when that is decided."""
-
-    at: int | None  # next_slot of the view that it rests on; None: whatever is the newest
-    state: State | None
-    from_memory: bool
-    goes_back: bool = False  # the user wants to leave newer commits behind
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ack:
-    """A commit that its caller was told about."""
-
-    slot: int
-    step: int
-    at: int
-
-
-Steps = Generator[Any, Any, Any]
+from storage.errors import KeyExists, OutcomeUnknown, StoreUnavailable
+from tests.resilient.log.model_words import Ack, Choice, Delete, Faults, List, Violation, parts_of, understood
 
 
 @dataclass
@@ -322,69 +261,3 @@ class World:
         for other in range(epoch + 1, min(slot, len(self.original))):
             if isinstance(understood(self.original[other]), Epoch):
                 raise Violation(f"FENCE epoch {epoch} was told that slot {slot} is its own, epoch {other} is newer")
-
-
-@lru_cache(maxsize=4096)
-def understood(data: bytes, _: int = 0) -> Any:
-    """The entry, None if damaged. Remembered: the model decodes the same bytes over and over."""
-    try:
-        return decode(data)
-    except LogDamaged:
-        return None
-
-
-def parts_of(manifest: Ref) -> Iterable[str]:
-    """Keys of all that belongs to a manifest."""
-    prefix = manifest.key.removesuffix("/manifest")
-    return (f"{prefix}/n00000.00000", manifest.key)
-
-
-@dataclass
-class Process:
-    """An actor and where it stands."""
-
-    name: str
-    steps: Steps
-    dies: bool  # whether it may crash
-    paused_until: int = 0
-    ended: bool = False
-    answer: Any = None
-    error: ResilientError | None = None
-    started: bool = False
-    op: Any = None
-    half: dict[str, bytes | None] = field(default_factory=dict)
-
-    def step(self, world: World) -> None:
-        """One operation, or one half of a parallel reading."""
-        if self.started and not self._carry_out(world):
-            return
-        try:
-            if not self.started:
-                self.started = True
-                self.op = next(self.steps)
-            elif self.error is not None:
-                self.op = self.steps.throw(self.error)
-            else:
-                self.op = self.steps.send(self.answer)
-        except StopIteration:
-            self.ended = True
-        if self.name == "reader" and isinstance(self.op, (Put, PutIfAbsent)):
-            raise Violation("WROTE a reader wrote to the store")
-
-    def _carry_out(self, world: World) -> bool:
-        op, self.answer, self.error = self.op, None, None
-        try:
-            if isinstance(op, Get) and len(op.keys) > 1:
-                left = [key for key in op.keys if key not in self.half]
-                now = left if world.rng.random() < 0.5 else world.rng.sample(left, (len(left) + 1) // 2)
-                answers = world.perform(Get(keys=tuple(now), max_bytes=op.max_bytes))
-                self.half.update(zip(now, answers, strict=True))
-                if len(self.half) < len(op.keys):
-                    return False
-                self.answer = tuple(self.half[key] for key in op.keys)
-            else:
-                self.answer = world.perform(op)
-        except ResilientError as error:
-            self.error = error
-        self.half = {}
-        return True

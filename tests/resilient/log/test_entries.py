@@ -184,7 +184,7 @@ def test_too_large_an_object_is_damage() -> None:
 
 
 def test_what_no_reader_would_take_is_never_written() -> None:
-    with pytest.raises(EntryInvalid, match="epoch.nonce"):
+    with pytest.raises(EntryInvalid, match=r"epoch\.nonce"):
         encode(Epoch(nonce="short", address="", wall_ns=0))
 
 

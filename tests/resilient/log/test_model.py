@@ -14,7 +14,7 @@ SHORT_SEEDS = 120
 LONG_SEEDS = 6000
 SEEDS_PER_RULE = 60
 # Rules whose absence shows only in a rare order of events: where their short search begins.
-FIRST_SEED = {"damage ends an epoch": 160, "damage ends the count of earlier snapshots": 200}
+FIRST_SEED = {"damage ends the count of earlier snapshots": 140}
 LONG_SEEDS_PER_RULE = 1500
 
 
