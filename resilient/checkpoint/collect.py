@@ -12,7 +12,7 @@ import torch
 
 from resilient.checkpoint import values
 from resilient.checkpoint.items import TensorInfo
-from resilient.checkpoint.tensors import LocalTensor, dtype_name, local_tensor
+from resilient.checkpoint.tensors import Boxes, LocalTensor, dtype_name, local_tensor
 from resilient.errors import StateInvalid, StateMismatch
 
 ABSENT: Any = object()
@@ -41,12 +41,13 @@ class Saving:
     values: dict[str, bytes] = field(default_factory=dict)
     rank_values: dict[str, bytes] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    boxes: Boxes = field(default_factory=dict)
 
     def tensor(self, name: str, tensor: torch.Tensor, own: int | None) -> None:
         """Add what this rank holds of a tensor. Raises StateInvalid when the name is taken."""
         name = of_rank(name, own)
         self._claim(name)
-        found = local_tensor(name, tensor)
+        found = local_tensor(name, tensor, self.boxes)
         if found is not None:
             self.tensors[name] = found
 
@@ -79,6 +80,7 @@ class Loading:
     noted: dict[str, str] = field(default_factory=dict)  # left out, and that is no mismatch
     used: set[str] = field(default_factory=set)
     used_values: set[str] = field(default_factory=set)
+    boxes: Boxes = field(default_factory=dict)
     phases: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     _children: dict[str, dict[str, str]] | None = None
     _values_of: dict[tuple[str, int | None], dict[str, str]] | None = None
@@ -111,7 +113,7 @@ class Loading:
                 where=name,
                 next="build the model (and optimizer) as it was saved, or leave this name out with only=...",
             )
-        found = local_tensor(name, target)
+        found = local_tensor(name, target, self.boxes)
         if found is not None:
             self.wanted.append(found)
 

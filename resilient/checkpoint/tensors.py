@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -19,6 +20,9 @@ from resilient.errors import StateInvalid
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Array = npt.NDArray[Any]
+Ints = tuple[int, ...]
+Boxes = dict[tuple[Ints, DeviceMesh, tuple[Placement, ...]], tuple[Ints, Ints]]
+"""What is worked out once for DTensors of one global shape, mesh and placements."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,38 +38,51 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor | None:
+def local_tensor(name: str, tensor: torch.Tensor, boxes: Boxes | None = None) -> LocalTensor | None:
     """This rank's box of `tensor`; None if it holds nothing of it (an empty shard, or not in the DTensor's mesh).
 
-    A plain tensor is whole on every rank that has it. Raises StateInvalid for tensors whose memory is not simply
-    their elements (sparse, quantized, meta, wrapper subclasses, DTensors with pending reductions), DtypeUnknown.
+    A plain tensor is whole on every rank that has it. `boxes` remembers those of equal DTensors.
+    Raises StateInvalid for tensors whose memory is not simply their elements (sparse, quantized, meta, wrapper
+    subclasses, DTensors with pending reductions), DtypeUnknown.
     """
     shape = tuple(tensor.shape)
     info = TensorInfo(name=name, dtype=dtype_name(tensor), shape=shape)
     start = tuple(0 for _ in shape)
-    local = tensor.detach()
-    if isinstance(local, DTensor):
-        if any(isinstance(placement, Partial) for placement in local.placements):
+    if not isinstance(tensor, DTensor):
+        local = tensor.detach()
+    else:
+        if any(isinstance(placement, Partial) for placement in tensor.placements):
             raise StateInvalid(
                 "a DTensor with a pending reduction (Partial) has no elements yet",
                 where=name,
                 next="redistribute it before it becomes state",
             )
-        if local.device_mesh.get_coordinate() is None:
+        if tensor.device_mesh.get_coordinate() is None:
             return None
-        # The one rule for all placements, strided and uneven shards included (private in torch, checked by tests).
-        box_shape, start = compute_local_shape_and_global_offset(shape, local.device_mesh, local.placements)
-        local = local.to_local()
-        if tuple(local.shape) != tuple(box_shape):
+        box_shape, start = _box(shape, tensor, {} if boxes is None else boxes)
+        with torch.no_grad():  # else an autograd node is made for each
+            local = tensor.to_local().detach()
+        if tuple(local.shape) != box_shape:
             raise StateInvalid(
-                f"the local shape is {tuple(local.shape)}, but placements {tensor.placements} of shape {shape} "  # type: ignore[attr-defined]
-                f"give {tuple(box_shape)}",
+                f"the local shape is {tuple(local.shape)}, but placements {tensor.placements} of shape {shape} "
+                f"give {box_shape}",
                 where=name,
             )
     _check_memory(name, local)
     if local.numel() == 0 and 0 not in shape:
         return None
-    return LocalTensor(shard=Shard(tensor=info, box=Box(tuple(start), tuple(local.shape))), tensor=local)
+    return LocalTensor(shard=Shard(tensor=info, box=Box(start, tuple(local.shape))), tensor=local)
+
+
+def _box(shape: Ints, tensor: DTensor, boxes: Boxes) -> tuple[Ints, Ints]:
+    """(local shape, global offset) of a DTensor on this rank."""
+    key = (shape, tensor.device_mesh, tensor.placements)
+    found = boxes.get(key)
+    if found is None:
+        # The one rule for all placements, strided and uneven shards included (private in torch, checked by tests).
+        box_shape, start = compute_local_shape_and_global_offset(*key)
+        found = boxes[key] = (tuple(box_shape), tuple(start))
+    return found
 
 
 def _check_memory(name: str, local: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from resilient.checkpoint import rng, values
-from resilient.checkpoint.state import flatten
+from resilient.checkpoint.state import PerRank, flatten
 from resilient.errors import StateInvalid, StateMismatch
 from tests.resilient.checkpoint.memory import bits, restore, save
 
@@ -186,6 +186,12 @@ def odd_state(rank):
     except StateInvalid as error:
         out["partial"] = str(error)
 
+    own = {"mine": PerRank({"n": rank.rank, "t": torch.full((rank.rank + 1,), 7.0)}), "held": PerRank(Held(rank.rank))}
+    memory = save(own)
+    back = {"mine": PerRank({"n": -1, "t": torch.zeros(rank.rank + 1)}), "held": PerRank(Held(None))}
+    restore(memory, back)
+    out["own"] = [back["mine"].value["n"], back["mine"].value["t"].tolist(), back["held"].value.value]
+
     # Factored state follows no parameter's boxes: the same layout restores it, another refuses.
     def factored(seed):
         torch.manual_seed(seed)
@@ -238,8 +244,9 @@ class Held:
         self.value = state["value"]
 
 
-def test_dtensors_and_state_that_cannot_be_resharded(world):
-    for out in world(2).run(f"{HERE}:odd_state", deadline_s=40):
+def test_dtensors_ranks_own_and_state_that_cannot_be_resharded(world):
+    for number, out in enumerate(world(2).run(f"{HERE}:odd_state", deadline_s=40)):
+        assert out["own"] == [number, [7.0] * (number + 1), number]
         assert out["d"] == [0, 1, 2, 3, 4]
         assert out["held"] == [[[0, 1, 2], [3, 4, 5]], "(Shard(dim=1),)"]
         assert "pending reduction" in out["partial"]
