@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -26,7 +27,7 @@ from resilient.log.entries import (
     decode,
     encode,
 )
-from resilient.log.envelope import seal
+from resilient.log.envelope import digest, seal
 
 numbers = st.integers(0, 2**63 - 1)
 nonces = st.text("0123456789abcdef", min_size=16, max_size=16)
@@ -196,3 +197,6 @@ def test_the_bytes_are_as_documented() -> None:
         b'"address":"host:1","wall_ns":5}}\n'
     )
     assert json.loads(data)["entry"]["kind"] == "epoch"
+    document = (Path(__file__).parents[3] / "docs" / "log.md").read_text()
+    assert data.decode().strip() in document
+    assert digest(data[:-2][51:]) == json.loads(data)["hash"]  # what its shell command computes
