@@ -151,7 +151,7 @@ def catch_up(view: LogView, seen: int = 0) -> Steps[LogView]:
         view = fold_all(view, entries)
         if len(entries) < window:
             if view.next_slot < seen:
-                what = f"slot {view.next_slot} is gone, though slot {seen - 1} exists"
+                what = f"slot {view.next_slot} is gone: the log has had {seen} slots"
                 raise LogDamaged(what, where=slot_key(view.next_slot), next="restore it from a copy of the store")
             return view
         window = min(window * 2, MAX_WINDOW)

@@ -185,7 +185,9 @@ RULES: dict[str, list[Patch]] = {
     # the store's one promise, and the slots
     "put if absent": [],
     "no slot is ever deleted": [],
-    "the end is the end of the dense prefix": [(protocol, "catch_up", _catch_up(hole=True)), (protocol, "LOOK_AHEAD", 0)],
+    "the end is the end of the dense prefix": [
+        (protocol, "catch_up", _catch_up(hole=True)), (protocol, "LOOK_AHEAD", 0),
+    ],
     "an error is not absence": [],
     "reading claims nothing": [],
     # appending
