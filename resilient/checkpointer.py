@@ -72,7 +72,7 @@ class Checkpointer:
                 buffers=buffers,
                 threads=max(1, self._threads * local),
             ),
-            self._restorer.steps,
+            self._log,
         )
 
     def save(
@@ -112,10 +112,9 @@ class Checkpointer:
         self._saver.settle()
         restored = self._restorer.restore(state, step=step, only=only, strict=strict, randomness=randomness)
         self.last_restored = restored
-        if restored is not None:
-            self._saver.restored_from(restored.generation, restored.step)
-            return restored.step
-        return None
+        source = None if restored is None else (restored.generation, restored.step)
+        self._saver.restored_from(source, self._restorer.seen_slots)
+        return None if restored is None else restored.step
 
     def steps(self) -> list[int]:
         """Committed steps, ascending. Collective."""
@@ -144,9 +143,12 @@ class Checkpointer:
         """Somebody waits for what is being written."""
         self._saver.client.hurry()
 
-    def close(self) -> None:
-        """Wait for nothing more, let the keeper finish what is sealed, and let go. Collective."""
-        self._saver.close()
+    def close(self, deadline_s: float = 60.0) -> None:
+        """Let the keeper finish what is sealed, waiting at most `deadline_s` seconds, and let go. Collective.
+
+        A save that failed without anybody asking its Pending is told here only by the context manager's exit.
+        """
+        self._saver.close(deadline_s)
         self.ranks.close()
         self._store.close()
 
@@ -158,6 +160,6 @@ class Checkpointer:
     ) -> None:
         try:
             if error is None:
-                self._saver.settle()
+                self._saver.conclude()
         finally:
             self.close()

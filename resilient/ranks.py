@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import os
 import platform
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from resilient.errors import PeerLost
+from resilient.errors import LoopMisused, PeerLost
 from storage.errors import ResilientError
 
 NODE_VARIABLE = "RESILIENT_NODE"
 """Overrides how a rank names its node: ranks with different values are on different nodes."""
+
+
+HOST_VARIABLE = "RESILIENT_HOST"
+"""The address at which rank 0's node listens for the keepers of other nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,30 @@ class Ranks:
             f"rank {self.rank} of {self.size} lost touch with its peers: {str(error).splitlines()[0]}",
             next="look at the first rank that failed; start the run again, it goes on from the newest committed step",
         )
+
+
+def reachable_host() -> str:
+    """An address of this machine that other nodes can reach: RESILIENT_HOST, else MASTER_ADDR if it is ours.
+
+    Raises LoopMisused where neither is: listening on every interface would be the alternative.
+    """
+    for host in (os.environ.get(HOST_VARIABLE), os.environ.get("MASTER_ADDR"), platform.node()):
+        if host and (address := _own_address(host)):
+            return address
+    raise LoopMisused(
+        "no address of this node is known that the other nodes could reach",
+        next=f"set {HOST_VARIABLE} on rank 0's node to its address in the cluster's network",
+    )
+
+
+def _own_address(host: str) -> str | None:
+    try:
+        found = socket.getaddrinfo(host, 0, family=socket.AF_INET, type=socket.SOCK_STREAM)
+        address = str(found[0][4][0])
+        with socket.create_server((address, 0)):
+            return address
+    except OSError:
+        return None  # not a name that resolves, or not this machine's
 
 
 def _boot_id() -> str:

@@ -60,6 +60,8 @@ class Run:
         self._closed = False
         self._samplers = [value for value in state.values() if isinstance(value, Sampler)]
         self._stop = StopSignals()
+        if settings.cadence.memory is not None and checkpointer.ranks.rank == 0:
+            _log.warning("every= names a memory tier, which needs a launcher that keeps it: only storage is saved to")
         self.hooks_s = 0.0  # time spent in our own code at step boundaries, saves not counted
 
     # ---- the loop
@@ -139,8 +141,11 @@ class Run:
         try:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._stop.restore)
-                stack.callback(self._checkpointer.close)
-                self._settle(error)
+                # After a failure peers may be gone for good: what can be waited for is waited for below.
+                stack.callback(self._checkpointer.close, 60.0 if self._orderly(error) else 2.0)
+                self._wait_for_commits(
+                    self._settings.commit_timeout_s if self._orderly(error) else self._settings.exception_timeout_s
+                )
         except ResilientError as failure:
             if error is None or isinstance(error, Preempted):
                 raise
@@ -214,10 +219,9 @@ class Run:
                     raise
                 _log.warning("save failed, a later one follows: %s", failure)
 
-    def _settle(self, error: BaseException | None) -> None:
-        settings = self._settings
-        bounded = error is not None and not isinstance(error, Preempted)
-        self._wait_for_commits(settings.exception_timeout_s if bounded else settings.commit_timeout_s)
+    @staticmethod
+    def _orderly(error: BaseException | None) -> bool:
+        return error is None or isinstance(error, Preempted)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from resilient.bar import shown_progress
 from resilient.checkpoint.implied import Implied, restore_implied, same_layout
 from resilient.checkpoint.plan_load import plan_load
 from resilient.checkpoint.reader import Checkpoint, open_checkpoint
@@ -47,6 +48,7 @@ class Restorer:
 
     def __init__(self, ranks: Ranks, store: Store, log: RunLog, *, threads: int) -> None:
         self._ranks, self._store, self._log, self._threads = ranks, store, log, threads
+        self.seen_slots: int | None = None  # of the log, when what was restored last was chosen
 
     def steps(self) -> list[int]:
         """Committed steps, ascending, the same on all ranks."""
@@ -80,7 +82,7 @@ class Restorer:
         return None
 
     def _choose(self, step: int | None, damaged: Mapping[tuple[int, int], object]) -> _Choice | None:
-        found = self._ranks.on_rank_0(lambda: _pick(self._log.read(), step, damaged))
+        found, self.seen_slots = self._ranks.on_rank_0(lambda: _pick(self._log.read(), step, damaged))
         if found is None and step is not None:
             raise NoCheckpoint(
                 f"step {step} is not committed (or was dropped by retention)",
@@ -122,7 +124,8 @@ class Restorer:
             left_out.extend(restoration.left_out)
             outputs = as_outputs(restoration.wanted)
             plan = plan_load(stored, [item.shard for item in restoration.wanted])
-            checkpoint.load(plan, outputs.arrays, threads=self._threads)
+            with shown_progress(plan.wanted_bytes, f"restoring step {choice.step}", show=self._ranks.rank == 0) as tell:
+                checkpoint.load(plan, outputs.arrays, threads=self._threads, progress=tell)
             finishers.extend((outputs.finish, restoration.finish))
 
         self._ranks.together(read_it)
@@ -139,13 +142,13 @@ class Restorer:
 
 def _pick(
     view: LogView, step: int | None, damaged: Mapping[tuple[int, int], object]
-) -> tuple[int, int, str, str, int] | None:
-    """The commit to restore as a JSON value: (generation, step, manifest key, hash, size)."""
+) -> tuple[tuple[int, int, str, str, int] | None, int]:
+    """The commit to restore as JSON values (generation, step, manifest key, hash, size), and the slots read."""
     for commit in reversed(view.commits):
         if (commit.generation, commit.step) not in damaged and step in (None, commit.step):
             ref = commit.manifest
-            return commit.generation, commit.step, ref.key, ref.hash, ref.size
-    return None
+            return (commit.generation, commit.step, ref.key, ref.hash, ref.size), view.next_slot
+    return None, view.next_slot
 
 
 def _nothing_whole(damaged: Mapping[tuple[int, int], ResilientError], url: str) -> CheckpointDamaged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import xxhash
@@ -17,10 +17,11 @@ from resilient.checkpoint.retention import Keep
 from resilient.checkpoint.snapshot import copy_into, layout_slots
 from resilient.checkpoint.state import Flat, flatten
 from resilient.errors import LoopMisused, RanksDisagree, SaveSkipped, StepExists, TimedOut
+from resilient.log.run_log import RunLog
 from resilient.node.arena import Arena
 from resilient.node.client import KeeperClient, KeeperConfig, Pending, connect
 from resilient.node.messages import Value
-from resilient.ranks import Ranks
+from resilient.ranks import Ranks, reachable_host
 from storage.failpoint import failpoint
 from storage.url import redact
 
@@ -65,16 +66,20 @@ class _Session:
 class Saver:
     """Takes the snapshots of one rank; every method but `pending` ones is collective."""
 
-    def __init__(self, ranks: Ranks, settings: SaveSettings, known_steps: Callable[[], list[int]]) -> None:
-        self._ranks, self._settings, self._known_steps = ranks, settings, known_steps
+    def __init__(self, ranks: Ranks, settings: SaveSettings, log: RunLog) -> None:
+        self._ranks, self._settings, self._log = ranks, settings, log
         self._session: _Session | None = None
         self._arenas: list[Arena] = []
         self._using: dict[int, Pending] = {}  # arena -> the save that was last copied into it
+        self._last: Pending | None = None
         self._layout: _Layout | None = None
         self._fingerprint = ""
         self._attempt = 0
         self._restored: tuple[int, int] | None = None
+        self._seen_slots: int | None = None
         self._formation = 0  # counts restores
+        self._watched: list[Pending] = []  # saves since then that may have become commits
+        self._nonces: set[str] = set()  # of this session's saves
         self._taken: set[int] | None = None  # steps that a save without replace=True must refuse
         self.stalled_s = 0.0  # how long the last `save` kept the loop
 
@@ -94,7 +99,11 @@ class Saver:
         if self._session is not None:
             self._session.client.close(0.0)
         settings, place = self._settings, self._ranks.place
+        if self._session is not None:
+            self._seen_slots = self._ranks.on_rank_0(self._own_slots)
+        host = "127.0.0.1" if place.nodes == 1 else self._ranks.on_rank_0(reachable_host)
         config = KeeperConfig(
+            bind_host=host,
             url=settings.url,
             storage_options=dict(settings.storage_options),
             codec=settings.codec,
@@ -113,9 +122,23 @@ class Saver:
         for index, arena in enumerate(self._arenas):
             client.attach(index, arena.fd, arena.nbytes)
 
-    def restored_from(self, generation: int, step: int) -> None:
-        """Later saves continue from this state: the run's line goes on from here."""
-        self._restored, self._taken = (generation, step), None
+    def _own_slots(self) -> int | None:
+        """Log slots that hold nothing but what this session knows: its own commits do not count as others'."""
+        seen = self._seen_slots
+        for commit in sorted(self._log.read().live, key=lambda commit: commit.slot) if seen is not None else ():
+            if seen is not None and commit.slot >= seen:
+                if commit.entry.nonce not in self._nonces:
+                    break
+                seen = commit.slot + 1
+        return seen
+
+    def restored_from(self, state: tuple[int, int] | None, seen_slots: int | None) -> None:
+        """Later saves continue from this (generation, step), None from nothing: the run's line goes on from here.
+
+        seen_slots  of the log when it was chosen: what others commit after that is not overruled
+        """
+        self._restored, self._seen_slots, self._taken = state, seen_slots, None
+        self._watched.clear()
         self._formation += 1
 
     # ---- saving
@@ -151,6 +174,12 @@ class Saver:
         """Wait until no save is pending. Failures are left to who holds the Pending."""
         for pending in self._using.values():
             pending.wait(self._settings.busy_timeout_s)
+
+    def conclude(self) -> None:
+        """Wait until no save is pending. Raises what the last one failed with, if nobody was told of it yet."""
+        self.settle()
+        if self._last is not None and not self._last.asked:
+            self._last.result(0)
 
     def close(self, deadline_s: float = 60.0) -> None:
         """Let go of the keeper (it finishes what is sealed) and of the memory. Not collective."""
@@ -263,31 +292,34 @@ class Saver:
         failpoint("snapshot.copied")
         self._attempt += 1
         session.attempts += 1
+        nonce = xxhash.xxh3_64_hexdigest(f"{session.nonce}/{session.attempts}".encode())
+        self._nonces.add(nonce)
         pending = session.client.seal(
             step=step,
-            nonce=xxhash.xxh3_64_hexdigest(f"{session.nonce}/{session.attempts}".encode()),
+            nonce=nonce,
             plan_id=layout.plan_id,
             arena=index,
             values=values,
             members=self._ranks.size,
             layout={"ranks": self._ranks.size},
             restored=self._restored,
+            restored_at=self._seen_slots,
             source=redact(self._settings.url) if self._restored else "",
             formation=self._formation,
             replace=replace,
             metrics=metrics,
         )
-        self._using[index] = pending
+        self._using[index] = self._last = pending
+        self._watched.append(pending)
         return pending
 
     def _taken_steps(self) -> set[int]:
         """Committed steps that stay on the run's line when this session saves; read once, then kept up."""
         if self._taken is None:
-            steps = self._known_steps()
+            steps = self._ranks.on_rank_0(lambda: [commit.step for commit in self._log.read().commits])
             self._taken = {step for step in steps if self._restored is None or step <= self._restored[1]}
-        for pending in self._using.values():
-            if pending.commit is not None:
-                self._taken.add(pending.step)
+        self._taken.update(pending.step for pending in self._watched if pending.commit is not None)
+        self._watched = [pending for pending in self._watched if not pending.done()]
         return self._taken
 
 

@@ -19,6 +19,7 @@ from resilient.node.messages import CommitInfo, Facts, SaveId
 from resilient.node.persist import OpenStore
 from storage.errors import KeyMissing
 from storage.failpoint import failpoint
+from storage.probe import probe_put_if_absent
 
 
 class Committer:
@@ -33,13 +34,14 @@ class Committer:
         self._leader: Leader | None = None
         self._generation: tuple[Any, int] | None = None  # what it was opened for, and its number
         self._fenced: Fenced | None = None
+        self._seen: int | None = None  # log slots that a former leadership of ours has read
 
     def prepare(self, save: SaveId, facts: Facts) -> int:
         """Lead (at the first save), open a generation (at the first save, and after each restore); its number.
 
         Raises StepExists, Fenced, OffLine, StoreError.
         """
-        leader = self._lead()
+        leader = self._lead(facts)
         try:
             leader.refresh()
             key = (facts.formation, facts.restored, facts.members, tuple(sorted(facts.layout.items())))
@@ -66,7 +68,7 @@ class Committer:
         """Manifest, then the commit entry. Raises SaveUnknown, Fenced, OffLine, CheckpointDamaged, StoreError."""
         from resilient.checkpoint.writer import put_manifest
 
-        leader, save, facts = self._lead(), order.save, order.facts
+        leader, save, facts = self._lead(order.facts), order.save, order.facts
         prefix = data_prefix(order.generation, save.step, save.nonce)
         opened = leader.view.opened(order.generation)
         manifest = Manifest(
@@ -141,18 +143,24 @@ class Committer:
             failpoint("drop.before_delete")
             store.delete(key)
 
-    def _lead(self) -> Leader:
+    def _lead(self, facts: Facts) -> Leader:
         if self._fenced is not None:
             raise Fenced(self._fenced.what, where=self._fenced.where, next=self._fenced.next)
         if self._leader is None:
             # Alone on its node, a keeper is the only process that writes; with several the store must arbitrate.
-            log = RunLog(self._store.get(), single_writer=self._config.nodes == 1)
-            self._leader = log.lead(f"{platform.node()}:{os.getpid()}")
+            store = self._store.get()
+            if store.conditional and self._config.tier == "object":
+                probe_put_if_absent(store)  # some servers take the condition and ignore it
+            log = RunLog(store, single_writer=self._config.nodes == 1)
+            # What others committed since this session chose its state must not be undone by a job that wakes up late.
+            seen = facts.restored_at if self._seen is None else self._seen
+            self._leader = log.lead(f"{platform.node()}:{os.getpid()}", restored_at=seen)
             self._generation = None
         return self._leader
 
     def _note(self, error: Fenced) -> Fenced:
-        if isinstance(error, EpochUncertain):
+        if isinstance(error, EpochUncertain) and self._leader is not None:
+            self._seen = self._leader.view.next_slot
             self._leader = None  # a damaged entry: the next save leads anew
         else:
             self._fenced = error

@@ -36,6 +36,7 @@ class Facts:
     members: int  # ranks
     layout: Mapping[str, int] = field(default_factory=dict)
     restored: tuple[int, int] | None = None  # generation and step that the ranks went on from
+    restored_at: int | None = None  # log slots read when that was chosen (or nothing was found)
     source: str = ""  # where that was read from
     formation: int = 0  # counts restores of one session, so that each opens a generation of its own
     replace: bool = False
@@ -78,6 +79,7 @@ def decode_facts(value: Any) -> Facts:
             members=int(value["members"]),
             layout={str(axis): int(size) for axis, size in value["layout"].items()},
             restored=None if restored is None else (int(restored[0]), int(restored[1])),
+            restored_at=None if value["restored_at"] is None else int(value["restored_at"]),
             source=str(value["source"]),
             formation=int(value["formation"]),
             replace=bool(value["replace"]),

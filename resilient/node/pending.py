@@ -20,6 +20,7 @@ class Pending:
     def __init__(self, save: SaveId, *, hurry: Callable[[], None] = lambda: None) -> None:
         self.step, self.nonce = save.step, save.nonce
         self.commit: CommitInfo | None = None
+        self.asked = False  # whether somebody was told how it ended
         self._hurry = hurry
         self._done = threading.Event()
         self._sealed = threading.Event()
@@ -62,6 +63,7 @@ class Pending:
                     f"the save of step {self.step} is still under way after {timeout:g} s of waiting",
                     next="wait again; nothing was given up",
                 )
+        self.asked = True
         if self._error is not None:
             raise ResilientError.from_wire(self._error)
         return self.step

@@ -43,3 +43,12 @@ def test_a_dozen_pairs_of_layouts_restore_bit_for_bit(world: Callable[..., World
 @pytest.mark.timeout(600)
 def test_all_81_pairs_of_layouts_restore_bit_for_bit(world: Callable[..., World], tmp_path: Path) -> None:
     assert check_pairs(world, tmp_path, tuple(LAYOUTS), tuple(LAYOUTS)) == 81
+
+
+def test_two_nodes_write_one_checkpoint_through_their_own_keepers(world: Callable[..., World], tmp_path: Path) -> None:
+    saved = world(4, local_size=2).run(
+        "tests.resilient.training:save_one", url=str(tmp_path), layout="hsdp2x2", ranks_per_node=2
+    )[0]
+    assert len(list(tmp_path.glob("data/**/*.index"))) == 2, "one index per node"
+    (found,) = world(1).run("tests.resilient.training:restore_many", urls={"a": str(tmp_path)}, layout="dp1")
+    assert found["a"] == saved

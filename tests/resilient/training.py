@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import torch
@@ -125,9 +126,11 @@ def digests(state: dict[str, Any]) -> dict[str, str]:
 
 
 def save_one(
-    rank: Rank, *, url: str, layout: str, steps: int = 2, options: dict[str, Any] | None = None
+    rank: Rank, *, url: str, layout: str, steps: int = 2, options: dict[str, Any] | None = None, ranks_per_node: int = 0
 ) -> dict[str, str]:
     """Train a little in `layout`, save, and say what was saved."""
+    if ranks_per_node:
+        os.environ["RESILIENT_NODE"] = str(rank.rank // ranks_per_node)
     join(rank)
     state = make_state(layout, seed=rank.size)
     for step in range(steps):
