@@ -41,10 +41,11 @@ def last_step(directory: Path) -> int:
     path = directory / "metrics-00000.jsonl"
     if not path.exists():
         return 0
-    return max((line["step"] for line in _lines(path) if line["event"] == "step"), default=0)
+    return next((line["step"] for line in _lines(path, newest_first=True) if line["event"] == "step"), 0)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_text().splitlines(keepends=True):
+def _lines(path: Path, *, newest_first: bool = False) -> Iterator[dict[str, Any]]:
+    lines = path.read_text().splitlines(keepends=True)
+    for text in reversed(lines) if newest_first else lines:
         if text.endswith("\n"):
             yield json.loads(text)

@@ -69,7 +69,7 @@ def effective_history(sessions: Sequence[Session]) -> dict[int, Step]:
 def nothing_acknowledged_lost(session: Session, acknowledged: int, number: int) -> Verdict:
     """The restored step is the newest acknowledged one."""
     return Verdict(
-        claim=f"session {number} goes on from the newest acknowledged step",
+        claim=f"session {number}: nothing committed lost",
         valid=session.restored_step == acknowledged,
         detail=f"acknowledged {acknowledged}, restored {session.restored_step}",
     )
@@ -78,18 +78,18 @@ def nothing_acknowledged_lost(session: Session, acknowledged: int, number: int) 
 def tensors_came_back(before: Session, after: Session) -> Verdict:
     """Every tensor is, bit for bit, what the former ranks held when they saved."""
     saved, restored = after.saved, after.restored
-    claim = f"tensors saved on {before.ranks} ranks and restored on {after.ranks}: bit for bit"
+    claim = f"{before.ranks} -> {after.ranks} ranks: tensors bit for bit"
     if not saved or not restored:
         return Verdict(claim=claim, valid=False, detail="no digests were recorded")
     names = saved.keys() | restored.keys()
     wrong = sorted(name for name in names if saved.get(name) != restored.get(name))
-    detail = f"step {after.restored_step}: {len(names) - len(wrong)} of {len(names)} equal"
+    detail = f"{len(names) - len(wrong)} of {len(names)} at step {after.restored_step}"
     return Verdict(claim=claim, valid=not wrong, detail=detail + (f", first other {wrong[0]}" if wrong else ""))
 
 
 def losses_agree(history: Mapping[int, Step], twin: Session, total: int) -> Verdict:
     """Each step's loss is the undisturbed run's."""
-    claim = "loss of every step equals the undisturbed run's"
+    claim = "losses: the undisturbed run's"
     missing = _missing(history, twin.steps, total)
     if missing:
         return Verdict(claim=claim, valid=False, detail=missing)
@@ -98,7 +98,7 @@ def losses_agree(history: Mapping[int, Step], twin: Session, total: int) -> Verd
     return Verdict(
         claim=claim,
         valid=difference <= MAX_LOSS_DIFFERENCE,
-        detail=f"{total} steps, largest difference {difference:.1e} (step {worst}), allowed {MAX_LOSS_DIFFERENCE:.0e}",
+        detail=f"step {worst}: {difference:.1e} of {MAX_LOSS_DIFFERENCE:.0e} allowed",
     )
 
 
@@ -112,22 +112,22 @@ def samples_exactly_once(history: Mapping[int, Step], twin: Session, total: int)
     expected = collections.Counter(sample for n in range(1, total + 1) for sample in twin.steps[n].samples)
     twice = sum(1 for sample, count in counts.items() if count > expected[sample])
     left_out = sum(1 for sample, count in expected.items() if count > counts[sample])
-    moved = sum(1 for n in range(1, total + 1) if history[n].samples != twin.steps[n].samples)
+    moved = sum(1 for n in range(1, total + 1) if history[n].samples != twin.steps[n].samples)  # steps
     return Verdict(
         claim=claim,
         valid=not twice and not left_out and not moved,
-        detail=f"{sum(counts.values())} samples in {total} steps: {twice} twice, {left_out} left out, "
-        f"{moved} steps with others than the undisturbed run",
+        detail=f"{sum(counts.values())}: {twice} twice, {left_out} lost, {moved} misplaced",
     )
 
 
 def _difference(a: float, b: float) -> float:
-    return math.inf if math.isnan(a) or math.isnan(b) else abs(a - b)
+    # inf - inf is nan, which compares as neither larger nor smaller: it would hide.
+    return abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
 
 
 def _missing(history: Iterable[int], twin: Iterable[int], total: int) -> str:
     wanted = set(range(1, total + 1))
     for name, steps in (("the run", set(history)), ("the undisturbed run", set(twin))):
         if wanted - steps:
-            return f"{name} has no record of step {min(wanted - steps)}"
+            return f"{name} has no step {min(wanted - steps)}"
     return ""
