@@ -89,7 +89,7 @@ def encode(raw: memoryview, dtype: str, codec: str, room: Bytes | None = None) -
     """The stored form of a chunk and its bytes in pieces, never more of them than `raw` has.
 
     raw    the chunk's bytes in C order, whole elements, contiguous; pieces may be views of it
-    codec  one of CODECS; "auto" is "fast" (a later measurement of the disk may choose otherwise)
+    codec  one of CODECS; "auto" is "fast" here (a keeper replaces it by what it has measured: node/choice.py)
     room   as many bytes as `raw`, for the pieces to lie in; not to be used again while the pieces are
     """
     raw = raw.cast("B")

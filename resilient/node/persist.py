@@ -10,6 +10,7 @@ from typing import Any
 
 from resilient.checkpoint.format import data_prefix, index_ref_json
 from resilient.errors import WireError
+from resilient.node.choice import CodecChoice
 from resilient.node.config import KeeperConfig
 from resilient.node.coordinate import Written
 from resilient.node.gather import Sealed
@@ -51,6 +52,7 @@ class Persist:
 
     def __init__(self, config: KeeperConfig, store: OpenStore) -> None:
         self._config, self._store = config, store
+        self._choice = CodecChoice()
         self._memory: Any = None  # of encoded chunks, kept from save to save
 
     def warm(self) -> None:
@@ -66,12 +68,14 @@ class Persist:
 
         begun_s = time.monotonic()
         prefix = data_prefix(order.generation, order.save.step, order.save.nonce)
+        raw_bytes = sum(slot.shard.nbytes for part in order.parts for slot in part.slots)
+        codec = self._choice.next(raw_bytes) if self._config.codec == "auto" else self._config.codec
         job = WriteJob(
             prefix=prefix,
             writer=self._config.writer,
             snapshots=[(part.memory, part.slots) for part in order.parts],
             values=[value for part in order.parts for value in part.values],
-            codec=self._config.codec,
+            codec=codec,
         )
         index = persist(
             self._store.get(),
@@ -81,11 +85,13 @@ class Persist:
             niceness=order.niceness,
             memory=self._memory,
         )
+        persist_s = time.monotonic() - begun_s
+        self._choice.note(codec, raw_bytes, persist_s)
         return Written(
             index=index_ref_json(prefix, index),
             raw_bytes=index.raw_bytes,
             stored_bytes=index.stored_bytes,
-            persist_s=time.monotonic() - begun_s,
+            persist_s=persist_s,
         )
 
 
