@@ -1,8 +1,8 @@
 """Train on real text, kill everything in the middle of a save, go on with 3 ranks and then 2, and prove the result.
 
-    python -m examples.demo                      a minute or two; into runs/demo
-    python -m examples.demo --quick --dir /tmp/d a dozen steps of a smaller model
-    python -m examples.demo --json               the verdicts as the last line of stdout, all else on stderr
+    python -m examples.demo                       a minute or two; into runs/demo
+    python -m examples.demo --quick --dir /tmp/d  a smaller model, 16 steps
+    python -m examples.demo --json                the verdicts as the last line of stdout, all else on stderr
 
 twin  4 ranks (HSDP, 2 x 2) train undisturbed: what the rest is compared with.
 1     The same run again; while a save is being written, every process of it gets SIGKILL.
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from examples.demo.proof import judge
-from examples.demo.ranks import SessionFailed, Template
+from examples.demo.ranks import LOG, SessionFailed, Template
 from examples.demo.show import show_proof, show_sessions
 from examples.demo.story import FULL, QUICK, Demo, Story
 
@@ -41,11 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="replaced if there (default runs/demo)")
-    parser.add_argument("--quick", action="store_true", help="12 steps of a smaller model instead of 60")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("runs/demo"),
+        help="a former demonstration there is replaced (default runs/demo)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="16 steps of a smaller model instead of 60 of examples/tiny.toml"
+    )
     parser.add_argument("--json", action="store_true", help="the verdicts as one JSON line on stdout")
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json, highlight=False)
+    if options.dir.exists() and any(options.dir.iterdir()) and not (options.dir / LOG).exists():
+        parser.error(f"{options.dir} holds something else than a former demonstration, which would be lost")
     signal.signal(signal.SIGTERM, _leave)
     shutil.rmtree(options.dir, ignore_errors=True)
     try:

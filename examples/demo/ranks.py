@@ -18,6 +18,9 @@ from typing import Any, Self
 
 from examples.demo.marked import RUN, SESSION, kill, kill_marked, marked, state
 
+LOG = "template.log"
+"""Of the process that ranks are forked from; it is in the folder of every demonstration."""
+
 START_LIMIT_S = 120.0
 """For importing torch, on a busy machine."""
 
@@ -73,7 +76,7 @@ class Template:
     """The process that ranks are forked from; a context manager, after which nothing of the run is left."""
 
     def __init__(self, directory: Path) -> None:
-        self._mark, self._log = secrets.token_hex(8), directory / "template.log"
+        self._mark, self._log = secrets.token_hex(8), directory / LOG
         self._ended: dict[int, int] = {}  # exit code by process id, in order
         self._sessions, self._pending = 0, b""
         directory.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.nn.parallel",
     "resilient.context_manager",
+    "storage.retry",
 )
 
 

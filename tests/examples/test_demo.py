@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.__main__ import main
 from examples.demo.marked import RUN, kill_marked, marked, state
 from tests.processes import descendants
 
@@ -123,6 +124,14 @@ def test_a_session_that_fails_shows_the_log_of_the_rank_that_failed(tmp_path):
     assert done.returncode == 1
     assert "session twin: rank 2 ended first, exit code 1" in done.stdout
     assert "RuntimeError: [red]the third rank is out of order" in done.stdout
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("ten years")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dir", str(tmp_path)])
+    assert (tmp_path / "thesis.tex").read_text() == "ten years"
+    assert "would be lost" in capsys.readouterr().err
 
 
 class Interrupted:
