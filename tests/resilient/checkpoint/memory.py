@@ -87,6 +87,11 @@ def bits(state: Mapping[str, object]) -> dict[str, bytes]:
     return {**out, **{f"{name} (value)": data for name, data in {**flat.values, **flat.rank_values}.items()}}
 
 
+def names(state: Mapping[str, object]) -> list[str]:
+    """The names of a state's tensors, sorted."""
+    return sorted(item.shard.tensor.name for item in flatten(state).tensors)
+
+
 def scramble(module: torch.nn.Module) -> None:
     """Make every parameter and buffer of a module different from what it was."""
     with torch.no_grad():
