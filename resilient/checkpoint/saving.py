@@ -10,19 +10,18 @@ from dataclasses import dataclass, field
 import xxhash
 
 from resilient.checkpoint import implied
+from resilient.checkpoint.buffers import Buffers
 from resilient.checkpoint.describe import decode_rank_state, encode_rank_state
 from resilient.checkpoint.items import RankState, Slot, ValueInfo
 from resilient.checkpoint.plan_save import check_values, fingerprint, plan_save
 from resilient.checkpoint.retention import Keep
-from resilient.checkpoint.snapshot import copy_into, layout_slots
+from resilient.checkpoint.snapshot import layout_slots
 from resilient.checkpoint.state import Flat, flatten
-from resilient.errors import LoopMisused, RanksDisagree, SaveSkipped, StepExists, TimedOut
+from resilient.errors import LoopMisused, RanksDisagree, SaveSkipped, StepExists
 from resilient.log.run_log import RunLog
-from resilient.node.arena import Arena
 from resilient.node.client import KeeperClient, KeeperConfig, Pending, connect
 from resilient.node.messages import Value
 from resilient.ranks import Ranks, reachable_host
-from storage.failpoint import failpoint
 from storage.url import redact
 
 _63_BITS = (1 << 63) - 1
@@ -69,12 +68,16 @@ class Saver:
     def __init__(self, ranks: Ranks, settings: SaveSettings, log: RunLog) -> None:
         self._ranks, self._settings, self._log = ranks, settings, log
         self._session: _Session | None = None
-        self._arenas: list[Arena] = []
-        self._using: dict[int, Pending] = {}  # arena -> the save that was last copied into it
+        self._buffers = Buffers(
+            ranks,
+            count=settings.buffers,
+            skip=settings.when_busy == "skip",
+            timeout_s=settings.busy_timeout_s,
+            where=redact(settings.url),
+        )
         self._last: Pending | None = None
         self._layout: _Layout | None = None
         self._fingerprint = ""
-        self._attempt = 0
         self._restored: tuple[int, int] | None = None
         self._seen_slots: int | None = None
         self._formation = 0  # counts restores
@@ -119,8 +122,7 @@ class Saver:
         client = connect(config, self._ranks.exchange)
         nonce = self._ranks.broadcast(os.urandom(8).hex().encode()).decode()
         self._session = _Session(client=client, nonce=nonce)
-        for index, arena in enumerate(self._arenas):
-            client.attach(index, arena.fd, arena.nbytes)
+        self._buffers.attach(client)
 
     def _own_slots(self) -> int | None:
         """Log slots that hold nothing but what this session knows: its own commits do not count as others'."""
@@ -157,12 +159,12 @@ class Saver:
             )
         layout = self._layout
         assert layout is not None  # noqa: S101  (_agree has planned)
-        index = self._free_arena(layout)
+        index = self._buffers.take(layout.nbytes, self.client)
         if index is None:
             return Pending.failed(
                 step,
                 SaveSkipped(
-                    f"step {step} was not saved: all {len(self._arenas)} buffers are still being written",
+                    f"step {step} was not saved: all {self._settings.buffers} buffers are still being written",
                     next='save less often, give more buffers, or use when_busy="wait"',
                 ),
             )
@@ -172,8 +174,7 @@ class Saver:
 
     def settle(self) -> None:
         """Wait until no save is pending. Failures are left to who holds the Pending."""
-        for pending in self._using.values():
-            pending.wait(self._settings.busy_timeout_s)
+        self._buffers.settle()
 
     def conclude(self) -> None:
         """Wait until no save is pending. Raises what the last one failed with, if nobody was told of it yet."""
@@ -186,9 +187,7 @@ class Saver:
         if self._session is not None:
             self._session.client.close(deadline_s)
             self._session = None
-        for arena in self._arenas:
-            arena.close()
-        self._arenas.clear()
+        self._buffers.close()
 
     def _describe(self, flat: Flat) -> RankState:
         place = self._ranks.place
@@ -237,42 +236,6 @@ class Saver:
         )
         self._fingerprint = now
 
-    def _free_arena(self, layout: _Layout) -> int | None:
-        """The arena that this save is copied into, made or enlarged if need be; None to skip. Collective."""
-        client, settings = self.client, self._settings
-        if len(self._arenas) < settings.buffers:
-            self._arenas.append(Arena(layout.nbytes))
-            index = len(self._arenas) - 1
-            client.attach(index, self._arenas[index].fd, self._arenas[index].nbytes)
-            return index
-        # All ranks take their buffers in the same order, so they wait for, or skip because of, the same save.
-        index = self._attempt % settings.buffers
-        if settings.when_busy == "skip":
-            if not self._ranks.agree([int(client.arena_free(index))])[0][0]:
-                return None
-        else:
-            self._wait_until_free(index)
-        if self._arenas[index].nbytes < layout.nbytes:
-            self._arenas[index].close()
-            self._arenas[index] = Arena(layout.nbytes)
-            client.attach(index, self._arenas[index].fd, self._arenas[index].nbytes)
-        return index
-
-    def _wait_until_free(self, index: int) -> None:
-        deadline_s = time.monotonic() + self._settings.busy_timeout_s
-        client, pending = self.client, self._using.get(index)
-        if pending is not None and not client.arena_free(index):
-            client.hurry()
-        while not client.arena_free(index):
-            if time.monotonic() > deadline_s:
-                raise TimedOut(
-                    f"the save before is still being written after {self._settings.busy_timeout_s:g} s",
-                    where=redact(self._settings.url),
-                    next="look at the store; a larger busy_timeout_s waits longer",
-                )
-            if pending is None or pending.wait(0.01):
-                time.sleep(0.001)  # done, and the message that frees the buffer is on its way
-
     def _hand_over(
         self, step: int, flat: Flat, layout: _Layout, index: int, *, metrics: Mapping[str, float], replace: bool
     ) -> Pending:
@@ -288,9 +251,7 @@ class Saver:
             (name, None, data) for name, data in flat.values.items() if (name, None) in layout.values
         ]
         values += [(name, rank, data) for name, data in own.items()]
-        copy_into(self._arenas[index].view, layout.slots, flat.tensors)
-        failpoint("snapshot.copied")
-        self._attempt += 1
+        self._buffers.fill(index, layout.slots, flat.tensors)
         session.attempts += 1
         nonce = xxhash.xxh3_64_hexdigest(f"{session.nonce}/{session.attempts}".encode())
         self._nonces.add(nonce)
@@ -309,7 +270,8 @@ class Saver:
             replace=replace,
             metrics=metrics,
         )
-        self._using[index] = self._last = pending
+        self._last = pending
+        self._buffers.use(index, pending)
         self._watched.append(pending)
         return pending
 
