@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from resilient.checkpoint.arguments import check_metrics, check_step
 from resilient.checkpoint.restoring import Restored, Restorer
 from resilient.checkpoint.retention import Keep
 from resilient.checkpoint.saving import Saver, SaveSettings
@@ -61,6 +62,7 @@ class Checkpointer:
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // local)
         self._restorer = Restorer(self.ranks, self._store, self._log, threads=self._threads)
         self.last_restored: Restored | None = None
+        self._closed = False
         self._saver = Saver(
             self.ranks,
             SaveSettings(
@@ -88,9 +90,12 @@ class Checkpointer:
         step     completed steps; the same on every rank
         metrics  numbers kept with the step (rank 0's count), e.g. for Keep(best=..., by=...)
 
-        Raises StepExists, RanksDisagree, ValuesDiffer, StateInvalid, PeerLost; what fails later, the Pending raises.
+        Raises StepExists, RanksDisagree, ValuesDiffer, StateInvalid, SettingInvalid (step or metrics), PeerLost; what
+        fails later, the Pending raises.
         """
-        return self._saver.save(step, state, metrics=metrics or {}, replace=replace)
+        self._check_open()
+        numbers = check_metrics(metrics or {})
+        return self._saver.save(check_step(step), state, metrics=numbers, replace=bool(replace))
 
     def restore(
         self,
@@ -109,6 +114,7 @@ class Checkpointer:
 
         Raises NoCheckpoint, CheckpointDamaged, StateMismatch, StoreError, PeerLost.
         """
+        self._check_open()
         self._saver.settle()
         restored = self._restorer.restore(state, step=step, only=only, strict=strict, randomness=randomness)
         self.last_restored = restored
@@ -118,6 +124,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending. Collective."""
+        self._check_open()
         return self._restorer.steps()
 
     # ---- what a Run needs
@@ -148,9 +155,16 @@ class Checkpointer:
 
         A save that failed without anybody asking its Pending is told here only by the context manager's exit.
         """
+        if self._closed:
+            return
+        self._closed = True
         self._saver.close(deadline_s)
         self.ranks.close()
         self._store.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LoopMisused("this checkpointer is closed", next="make a new resilient.Checkpointer(...)")
 
     def __enter__(self) -> Self:
         return self

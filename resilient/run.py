@@ -54,7 +54,10 @@ class Run:
         self._saved_at_s = time.monotonic()
         self._metrics: dict[str, object] = {}
         self._pending: list[Pending] = []
+        self._last: Pending | None = None
+        self._finished = False  # `steps` came to its end
         self._inside = False  # between begin_step and end_step, where the state is torn
+        self._broken_off = False  # by `break`, in the middle of a step
         self._save_asked = False  # by the loop's body, for the end of this step
         self._cost: Cost | None = None  # of the last save that was committed
         self._closed = False
@@ -71,10 +74,17 @@ class Run:
         A step is complete when the loop asks for the next one. `break` leaves the current step incomplete.
         Raises Preempted (SystemExit with code 75) after a stop, unless on_preempt="flag": then it just ends.
         """
+        if self._broken_off:  # the loop was left by `break`: its step is run again
+            self._broken_off = self._inside = False
         while self.step < total and not self.stopping:
             self.begin_step()
-            yield self.step
+            try:
+                yield self.step
+            except GeneratorExit:
+                self._broken_off = True
+                raise
             self.end_step()
+        self._finished = True
         if not self.stopping and self._saved_step != self.step:
             self._save_now()
 
@@ -84,6 +94,7 @@ class Run:
         if self._inside:
             raise LoopMisused(f"step {self.step} was begun twice", next="call end_step() first")
         self._inside = True
+        self._metrics.clear()  # they belong to the step that reported them, not to those after it
 
     def end_step(self) -> None:
         """The step is complete on this rank: saves and stops that are due happen here.
@@ -93,7 +104,7 @@ class Run:
         begun_s = time.perf_counter()
         if not self._inside:
             raise LoopMisused("end_step() without begin_step()", next="call begin_step() first, or use run.steps(n)")
-        self._inside = False
+        self._inside = self._broken_off = False
         self.step += 1
         for sampler in self._samplers:
             sampler.end_step()
@@ -103,7 +114,11 @@ class Run:
             self._act(kind)
 
     def report(self, **values: object) -> None:
-        """Remember numbers of this step on this rank (loss=..., tokens=...). Tensors are read only when a save is."""
+        """Remember numbers of this step on this rank (loss=..., tokens=...). Tensors are read only when a save is.
+
+        A save at this step's end keeps rank 0's numbers, for `resilient ls` and Keep(best=..., by=...). What was not
+        reported in that very step is not known of it.
+        """
         self._metrics.update(values)
 
     @contextlib.contextmanager
@@ -119,9 +134,16 @@ class Run:
     def save(self) -> Pending | None:
         """Save at the next boundary: now if between steps (its Pending), else at this step's end (None). Collective."""
         self._check_open()
+        if self._broken_off:
+            raise LoopMisused(
+                f"step {self.step} was broken off, so the state may be torn",
+                next="call end_step() first if the step was complete, or go on with run.steps(...)",
+            )
         if self._inside:
             self._save_asked = True
             return None
+        if self._saved_step == self.step:
+            return self._last or Pending.settled(self.step)
         return self._save_now()
 
     def stop(self) -> None:
@@ -143,6 +165,8 @@ class Run:
                 stack.callback(self._stop.restore)
                 # After a failure peers may be gone for good: what can be waited for is waited for below.
                 stack.callback(self._checkpointer.close, 60.0 if self._orderly(error) else 2.0)
+                if error is None and not self._finished:
+                    self._stop_late()
                 self._wait_for_commits(
                     self._settings.commit_timeout_s if self._orderly(error) else self._settings.exception_timeout_s
                 )
@@ -150,6 +174,15 @@ class Run:
             if error is None or isinstance(error, Preempted):
                 raise
             _log.warning("while leaving after %s: %s", type(error).__name__, failure)
+
+    def _stop_late(self) -> None:
+        """A stop that was asked for too late to be decided on: save what is complete and not yet saved."""
+        wanted = int(self._stop.wanted and not self._inside and not self.stopping)
+        low, high = self._checkpointer.ranks.agree([wanted, self.step, int(self._inside)])
+        if high[0] and low[1] == high[1] and not high[2]:
+            self.stopping = True
+            if self._saved_step != self.step:
+                self._save_now()
 
     # ---- at a boundary
     def _boundary(self) -> str | None:
@@ -190,6 +223,7 @@ class Run:
         pending = self._checkpointer.save(self.step, self._state, metrics=_numbers(self._metrics))
         self._saved_step, self._saved_at_s = self.step, time.monotonic()
         self._pending.append(pending)
+        self._last = pending
         return pending
 
     def _reap(self) -> None:

@@ -50,6 +50,8 @@ class LocalStore(Store):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.url = str(Path(root).expanduser().absolute())
+        if Path(self.url).exists() and not Path(self.url).is_dir():
+            raise StoreFailed("this is a file, not a folder", where=self.url, next="name a folder for the run")
         self._directories = Directories(self.url)
         self._failed: set[tuple[str, ...]] = set()
 
@@ -164,6 +166,8 @@ class LocalStore(Store):
                 finally:
                     os.close(directory)
                 return
+        if not Path(self.url).is_dir():
+            raise StoreFailed("the folder does not exist and cannot be made", where=self.url, next="check the path")
         raise StoreUnavailable(
             f"its directory vanished {_ATTEMPTS} times while it was written", where=self._where(key), next="try again"
         )

@@ -19,6 +19,7 @@ Names = Mapping[int, tuple[str, ...]]
 """id of a parameter -> its full names in the state ("model/layers.0.weight"); more than one if it is tied."""
 
 OPTIONS = "@options"
+KIND = "@class"
 _NOT_STATE = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 """What a group holds beside options: its parameters, and how (not what) the running program computes."""
 _ON_HOST = frozenset({"step", "mu_product", "eta", "mu"})
@@ -32,6 +33,7 @@ def save_optimizer(key: str, optimizer: torch.optim.Optimizer, names: Names, sav
     Raises StateInvalid for a parameter that nothing in the state holds, and for optimizers that hide their state.
     """
     _check_kind(key, optimizer)
+    saving.encoded(f"{key}/{KIND}", values.encode(type(optimizer).__qualname__), own)
     for number, group in enumerate(optimizer.param_groups):
         where = f"{key}.param_groups[{number}]"
         options = {name: _plain(value, where) for name, value in group.items() if name not in _NOT_STATE}
@@ -116,6 +118,7 @@ def load_optimizer(key: str, optimizer: torch.optim.Optimizer, names: Names, loa
     Nothing is attached before everything is read. A parameter that had no state when saved has none afterwards.
     """
     _check_kind(key, optimizer)
+    _check_class(key, optimizer, loading, own)
     states: dict[torch.Tensor, dict[str, Any]] = {}
     for number, group in enumerate(optimizer.param_groups):
         options: list[tuple[str, dict[str, Any]]] = []
@@ -136,6 +139,17 @@ def load_optimizer(key: str, optimizer: torch.optim.Optimizer, names: Names, loa
                 optimizer.state.pop(parameter, None)
 
     loading.later(0, attach)
+
+
+def _check_class(key: str, optimizer: torch.optim.Optimizer, loading: Loading, own: int | None) -> None:
+    """Another class would find no state of its own, or another's: steps would fail later, or silently differ."""
+    saved, live = loading.value(f"{key}/{KIND}", own), type(optimizer).__qualname__
+    if saved is not ABSENT and saved != live and any(loading.selects(f"{key}/{part}") for part in (KIND, OPTIONS)):
+        raise StateMismatch(
+            f"saved by {saved}, but the live optimizer is {live}",
+            where=key,
+            next='use the optimizer it was saved by, or leave it out with only="model"',
+        )
 
 
 def _stored_name(key: str, names: tuple[str, ...], loading: Loading, own: int | None) -> str | None:

@@ -126,7 +126,9 @@ def as_outputs(wanted: Sequence[LocalTensor]) -> Outputs:
     def finish() -> None:
         with torch.no_grad():
             for tensor, bounce in bounced:
-                tensor.copy_(bounce)
+                # Elements of an expanded tensor share memory, so each place is written once.
+                once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+                tensor[once].copy_(bounce[once])
 
     return Outputs(arrays=arrays, finish=finish)
 

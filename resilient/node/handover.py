@@ -123,6 +123,7 @@ class KeeperClient:
             metrics=dict(metrics or {}),
         )
         table, blob = encode_values(values)
+        body = {"plan_id": plan_id, "arena": arena, "values": table, "facts": encode_facts(facts)}
         pending = Pending(save, hurry=self.hurry)
         with self._lock:
             if save in self._pending or save in self._reading:
@@ -133,7 +134,6 @@ class KeeperClient:
         if not alive:
             pending.fail(self._loss(save))
             return pending
-        body = {"plan_id": plan_id, "arena": arena, "values": table, "facts": encode_facts(facts)}
         self._line.send(save.body("seal") | body, blob)
         return pending
 

@@ -128,6 +128,10 @@ class Line:
                 self.end(error.what)
             except WireError as error:  # too large a frame; nothing of it was sent
                 self._refused(body, error)
+            except BaseException as error:
+                # A defect: whoever waits for an answer must hear of it, since no thread is left to send.
+                self.end(f"its sender failed: {error!r}")
+                raise
             finally:
                 _close_all(fds)
 

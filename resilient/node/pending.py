@@ -33,6 +33,14 @@ class Pending:
         pending.fail(error)
         return pending
 
+    @staticmethod
+    def settled(step: int) -> Pending:
+        """A step that is committed already."""
+        pending = Pending(SaveId(step, ""))
+        pending.mark_sealed()
+        pending._done.set()
+        return pending
+
     def staged(self) -> bool:
         """The snapshot is taken: the state may change. True from the start for a snapshot made in the foreground."""
         return True

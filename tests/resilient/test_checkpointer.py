@@ -16,6 +16,7 @@ from resilient.errors import (
     LoopMisused,
     NoCheckpoint,
     SaveFailed,
+    SettingInvalid,
     StateMismatch,
     StepExists,
 )
@@ -198,3 +199,65 @@ def test_a_job_that_still_runs_is_fenced_by_one_that_took_over(tmp_path: Path) -
             former.save(9, state_of(9.0)).result(30)
         former.close()
         assert successor.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "1", True, None, 2**63])
+def test_a_step_that_is_no_number_of_steps_is_refused_before_anything_is_sent(tmp_path: Path, step: object) -> None:
+    with resilient.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(SettingInvalid, match="completed steps"):
+            checkpointer.save(step, state_of(1.0))
+        checkpointer.save(torch.tensor(7), state_of(1.0)).result(30)
+        assert checkpointer.steps() == [7]
+
+
+def test_metrics_are_numbers_and_what_is_none_is_named(tmp_path: Path) -> None:
+    with resilient.Checkpointer(tmp_path) as checkpointer:
+        for bad in ({"a": "x"}, {1: 2.0}, {"a": torch.ones(2)}, {"": 1.0}):
+            with pytest.raises(SettingInvalid):
+                checkpointer.save(1, state_of(1.0), metrics=bad)
+        checkpointer.save(1, state_of(1.0), metrics={"loss": torch.tensor(0.5), "worst": float("nan")}).result(30)
+        checkpointer.save(2, state_of(1.0)).result(30)
+        checkpointer.save(3, state_of(1.0)).result(30)
+        assert checkpointer.steps() == [1, 2, 3]
+
+
+def test_an_expanded_tensor_comes_back(tmp_path: Path) -> None:
+    with resilient.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"values": {"e": torch.arange(3.0).reshape(3, 1).expand(3, 4)}}).result(30)
+        target = {"values": {"e": torch.zeros(3, 1).expand(3, 4)}}
+        assert checkpointer.restore(target) == 1
+        assert target["values"]["e"].tolist() == [[float(row)] * 4 for row in range(3)]
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    def made(kind: type[torch.optim.Optimizer]) -> dict[str, object]:
+        model = torch.nn.Linear(2, 2)
+        optimizer = kind(model.parameters(), lr=0.1)
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer}
+
+    with resilient.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, made(torch.optim.SGD)).result(30)
+        with pytest.raises(StateMismatch, match="saved by SGD, but the live optimizer is AdamW"):
+            checkpointer.restore(made(torch.optim.AdamW))
+        assert checkpointer.restore(made(torch.optim.AdamW), only="model") == 1
+
+
+def test_a_closed_checkpointer_says_so(tmp_path: Path) -> None:
+    checkpointer = resilient.Checkpointer(tmp_path)
+    checkpointer.close()
+    checkpointer.close()
+    for act in (checkpointer.steps, lambda: checkpointer.restore({}), lambda: checkpointer.save(1, state_of(1.0))):
+        with pytest.raises(LoopMisused, match="closed"):
+            act()
+
+
+def test_a_place_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="this is a file"):
+        resilient.Checkpointer(tmp_path / "file")
+    checkpointer = resilient.Checkpointer("/proc/nowhere/run")
+    with pytest.raises(StoreError, match="cannot be made"):
+        checkpointer.save(1, state_of(1.0)).result(20)
+    checkpointer.close()
