@@ -63,6 +63,7 @@ class Run:
         self._closed = False
         self._samplers = [value for value in state.values() if isinstance(value, Sampler)]
         self._stop = StopSignals()
+        checkpointer.page.begin(self.step)
         if settings.cadence.memory is not None and checkpointer.ranks.rank == 0:
             _log.warning("every= names a memory tier, which needs a launcher that keeps it: only storage is saved to")
         self.hooks_s = 0.0  # time spent in our own code at step boundaries, saves not counted

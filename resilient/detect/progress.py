@@ -207,6 +207,15 @@ class ProgressPage(Page):
         self._phase = self._stack.pop() if self._stack else 1
         self._write()
 
+    def begin(self, step: int) -> None:
+        """This rank stands at boundary `step` before its first step: decisions concern later boundaries only.
+
+        Without it a decision about an early step would concern each rank's first boundary, wherever that is.
+        """
+        self._before = step
+        self.publish(step, "start")
+        self._words[self._base + _BOUNDARY] = step + 1
+
     def decision_at(self, step: int) -> decide.Kind | None:
         """What all ranks do at this boundary: "stop", "save" or None. "stop" means: save, then stop.
 

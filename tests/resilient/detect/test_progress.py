@@ -101,6 +101,17 @@ def test_a_confirmed_decision_is_given_once_at_its_boundary(page: KeeperPage, ra
     assert page.position(1, "save").done == decide.become(word, decide.CONFIRMED)
 
 
+def test_a_rank_that_begins_later_is_not_concerned_by_a_decision_about_an_earlier_boundary(
+    page: KeeperPage, rank: ProgressPage
+) -> None:
+    # Ranks that began at different boundaries would each act at their own first one.
+    decision = decide.Decision(kind="stop", step=1, number=1, state=decide.CONFIRMED)
+    page.swap("stop", 0, decision.word)
+    rank.begin(100)
+    assert page.position(1, "stop").boundary == 100
+    assert rank.decision_at(101) is None
+
+
 def test_stop_outranks_save_at_the_same_boundary(page: KeeperPage, rank: ProgressPage) -> None:
     for kind in decide.KINDS:
         word = decide.Decision(kind=kind, step=2, number=1).word

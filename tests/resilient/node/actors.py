@@ -111,6 +111,8 @@ class Actor:
         """Run steps until a decision comes: [boundary, kind]."""
         assert self.client is not None
         page, step, deadline = self.client.page, first, time.monotonic() + until_s
+        if first:
+            page.begin(first - 1)
         while time.monotonic() < deadline:
             page.publish(step)
             kind = page.decision_at(step)
