@@ -10,6 +10,7 @@ from types import TracebackType
 
 from resilient.cadence import Every, parse
 from resilient.checkpoint.retention import Keep
+from resilient.checkpoint.state import flatten
 from resilient.checkpointer import Checkpointer
 from resilient.errors import LoopMisused
 from resilient.run import Run, RunSettings
@@ -85,6 +86,7 @@ class context:  # noqa: N801  (the contract's name: it reads as `with resilient.
 
     def open(self) -> Run:
         """Restore the newest committed step into `state` (or start as `init` says) and return the run. Collective."""
+        flatten(self._state)  # what cannot be saved is told now, not after hours of training
         checkpointer = Checkpointer(
             self._url,
             keep=self._keep,

@@ -268,5 +268,6 @@ def _numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     numbers = {}
     for name, value in metrics.items():
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            numbers[name] = float(value)  # type: ignore[arg-type]
+            plain = value.detach() if hasattr(value, "detach") else value
+            numbers[name] = float(plain)  # type: ignore[arg-type]
     return numbers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 import xxhash
 
 from resilient.checkpoint import implied
@@ -24,6 +26,7 @@ from resilient.node.messages import Value
 from resilient.ranks import Ranks, reachable_host
 from storage.url import redact
 
+_log = logging.getLogger("resilient")
 _63_BITS = (1 << 63) - 1
 
 
@@ -103,10 +106,13 @@ class Saver:
             self._session.client.close(0.0)
         settings, place = self._settings, self._ranks.place
         if self._session is not None:
+            if not alive:
+                _log.warning("the keeper of node %d was lost (killed, out of memory?): starting another", place.node)
             self._seen_slots = self._ranks.on_rank_0(self._own_slots)
         host = "127.0.0.1" if place.nodes == 1 else self._ranks.on_rank_0(reachable_host)
         config = KeeperConfig(
             bind_host=host,
+            torch_version=torch.__version__,
             url=settings.url,
             storage_options=dict(settings.storage_options),
             codec=settings.codec,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 import resilient
-from resilient.errors import LoopMisused
+from resilient.errors import LoopMisused, StateInvalid
 from resilient.log.run_log import RunLog
 from storage.open import open_store
 
@@ -84,3 +87,35 @@ def test_time_decides_through_rank_0s_clock(tmp_path: Path) -> None:
             if len(committed(tmp_path)) >= 2:
                 break
     assert len(committed(tmp_path)) >= 2
+
+
+def _run_until_signalled(run: resilient.Run) -> None:
+    for step in run.steps(100_000):
+        time.sleep(0.001)  # a step
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_that_comes_twice_is_one_wish_and_the_step_is_saved(tmp_path: Path) -> None:
+    run = context(tmp_path).open()
+    with pytest.raises(resilient.Preempted) as stopped:
+        _run_until_signalled(run)
+    run.leave(stopped.value)
+    assert committed(tmp_path) == [run.step]
+    os.kill(os.getpid(), signal.SIGTERM)  # until the process ends, as torchrun does
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_what_cannot_be_saved_is_told_on_entering(tmp_path: Path) -> None:
+    state = {"data": torch.utils.data.RandomSampler(range(3))}
+    with pytest.raises(StateInvalid, match="RandomSampler"):
+        resilient.context(tmp_path, state=state).open()
+
+
+def test_a_loss_with_a_gradient_can_be_reported(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    with context(tmp_path) as run:
+        for _ in run.steps(1):
+            run.report(loss=torch.ones((), requires_grad=True) * 2)
+    assert RunLog(open_store(str(tmp_path))).read().commits[0].metrics["loss"] == 2.0
+    assert not [warning for warning in recwarn if "requires_grad" in str(warning.message)]
